@@ -1,0 +1,114 @@
+"""What the scripts read in Label Studio's own database: the only tables and columns they may touch.
+
+A Label Studio that lacks one of these, or gives it another type, is refused before anything is read.
+Holds for Label Studio 1.23.2.
+"""
+
+from psycopg import sql
+
+from station.database import Connection
+from station.errors import SettingError
+
+COLUMNS: dict[str, dict[str, str]] = {
+    "project": {"id": "integer", "title": "character varying", "created_at": "timestamp with time zone"},
+    "task": {
+        "id": "integer|bigint",
+        "meta": "jsonb",
+        "project_id": "integer",
+        "created_at": "timestamp with time zone",
+        "updated_at": "timestamp with time zone",
+        "total_annotations": "integer",
+        "cancelled_annotations": "integer",
+    },
+    "task_completion": {
+        "id": "integer|bigint",
+        "result": "jsonb",
+        "was_cancelled": "boolean",
+        "created_at": "timestamp with time zone",
+        "updated_at": "timestamp with time zone",
+        "task_id": "integer|bigint",
+        "project_id": "integer",
+        "completed_by_id": "integer",
+        "lead_time": "double precision",
+        "draft_created_at": "timestamp with time zone",
+    },
+    "tasks_annotationdraft": {
+        "id": "integer|bigint",
+        "task_id": "integer|bigint",
+        "annotation_id": "integer|bigint",
+        "user_id": "integer",
+        "created_at": "timestamp with time zone",
+    },
+    "tasks_tasklock": {
+        "task_id": "integer|bigint",
+        "user_id": "integer",
+        "expire_at": "timestamp with time zone",
+    },
+}
+
+
+def breaches(connection: Connection) -> list[str]:
+    """Where the Label Studio database differs from the contract, as its reader sees it.
+
+    Returns:
+        one line a difference, empty when the contract holds.
+    """
+    seen = {
+        (str(table), str(column)): str(data_type)
+        for table, column, data_type in connection.execute(
+            """
+            SELECT c.relname, a.attname, format_type(a.atttypid, NULL)
+            FROM pg_attribute AS a
+            INNER JOIN pg_class AS c ON c.oid = a.attrelid
+            WHERE c.oid = ANY (SELECT to_regclass(name) FROM unnest(%s::text[]) AS name)
+                AND a.attnum > 0 AND NOT a.attisdropped AND has_column_privilege(c.oid, a.attnum, 'SELECT')
+            """,
+            [list(COLUMNS)],
+        ).fetchall()
+    }
+    result = []
+    for table, columns in COLUMNS.items():
+        for column, data_type in columns.items():
+            found = seen.get((table, column))
+            if found is None:
+                result.append(f"{table}.{column} is missing or may not be read")
+            elif found not in data_type.split("|"):
+                result.append(f"{table}.{column} is {found}, not {data_type.replace('|', ' or ')}")
+    return result
+
+
+def check(connection: Connection) -> None:
+    """Refuse a database that is not a Label Studio these scripts can read.
+
+    Raises:
+        SettingError: names what differs.
+    """
+    found = breaches(connection)
+    row = connection.execute("SELECT current_database()").fetchone()
+    connection.rollback()
+    name = row[0] if row else "?"
+    if len(found) == sum(len(columns) for columns in COLUMNS.values()):
+        raise SettingError(
+            f"LABEL_STUDIO_DSN: database {name} holds no Label Studio that may be read: is Label Studio "
+            "running on SQLite (it needs DJANGO_DB=default), is it another database, or is `make migrate` "
+            "still to be run?"
+        )
+    if found:
+        raise SettingError(
+            f"LABEL_STUDIO_DSN: database {name} is not as the scripts need it: {'; '.join(found)}: "
+            "run `make migrate`, or go back to the version of Label Studio that worked"
+        )
+
+
+def grant_reader(connection: Connection, reader: str) -> None:
+    """Let the reading role see exactly the contract's columns; run as Label Studio's own role."""
+    role = sql.Identifier(reader)
+    connection.execute(sql.SQL("REVOKE ALL ON ALL TABLES IN SCHEMA public FROM {}").format(role))
+    connection.execute(sql.SQL("GRANT USAGE ON SCHEMA public TO {}").format(role))
+    for table, columns in COLUMNS.items():
+        connection.execute(
+            sql.SQL("GRANT SELECT ({}) ON {} TO {}").format(
+                sql.SQL(", ").join(map(sql.Identifier, columns)), sql.Identifier(table), role
+            )
+        )
+    connection.commit()

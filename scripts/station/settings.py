@@ -1,0 +1,117 @@
+"""The settings of all scripts: read once, validated once."""
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import psycopg.conninfo
+from dotenv import dotenv_values
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+
+from station.errors import SettingError
+
+
+def _web_address(value: str) -> str:
+    if not value.startswith(("http://", "https://")) or len(value.split("://", 1)[1].strip("/")) == 0:
+        raise ValueError("is not an address such as http://localhost:8085")
+    return value.rstrip("/")
+
+
+def _audio_address(value: str) -> str:
+    # Empty: audio is served below the address that people open, so that task URLs are relative.
+    return _web_address(value) if value else ""
+
+
+def _dsn(value: str) -> str:
+    try:
+        psycopg.conninfo.conninfo_to_dict(value)
+    except psycopg.ProgrammingError as error:
+        raise ValueError(f"is not a PostgreSQL connection string ({str(error).strip()})") from None
+    return value
+
+
+WebAddress = Annotated[str, AfterValidator(_web_address)]
+AudioAddress = Annotated[str, AfterValidator(_audio_address)]
+Dsn = Annotated[str, AfterValidator(_dsn)]
+Secret = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1, pattern=r"^\S+$")]
+
+
+class Settings(BaseModel):
+    """All settings. `.env.example` explains each; the names there are these in capitals."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
+
+    label_studio_url: WebAddress = "http://localhost:8085"
+    label_studio_api_key: Secret | None = None
+    label_studio_timeout_seconds: float = Field(default=300, gt=0, le=3600)
+    label_studio_dsn: Dsn | None = None
+    label_studio_owner_dsn: Dsn | None = None
+    ls_project_transcript: int | None = Field(default=None, ge=1)
+    ls_project_translation: int | None = Field(default=None, ge=1)
+    ls_project_segmentation: int | None = Field(default=None, ge=1)
+    data_factory_dsn: Dsn | None = None
+    data_factory_owner_dsn: Dsn | None = None
+    audio_server_url: AudioAddress = "http://localhost:8081"
+    raw_dir: Path = Path("data/raw")
+    reviewed_dir: Path = Path("data/reviewed")
+    sync_interval_minutes: int = Field(default=5, ge=1, le=1440)
+    gold_sample_ratio: float = Field(default=0.05, ge=0, le=0.5)
+    skip_gold_validation: bool = False
+
+    def require(self, name: str) -> str:
+        """The value of a setting that this script cannot do without.
+
+        Raises:
+            SettingError: it is not set.
+        """
+        value = getattr(self, name)
+        if value is None:
+            raise SettingError(f"{name.upper()} is not set: .env.example says what it is for")
+        return str(value)
+
+
+def load_settings(env_file: Path) -> Settings:
+    """Read the settings: environment first, then systemd credentials, then the env file.
+
+    Args:
+        env_file: a file of NAME=value lines. Only the default `.env` may be missing.
+
+    Raises:
+        SettingError: names the setting, what is wrong with its value, and where it was read.
+    """
+    values: dict[str, str] = {}
+    origins: dict[str, str] = {}
+    credentials = Path(os.environ.get("CREDENTIALS_DIRECTORY", os.devnull))
+    from_file = _read_env_file(env_file)
+    for field in Settings.model_fields:
+        name = field.upper()
+        if name in os.environ:
+            values[field], origins[field] = os.environ[name], "the environment"
+        elif (credentials / name).is_file():
+            values[field] = (credentials / name).read_text(encoding="utf-8").strip()
+            origins[field] = f"the credential {name}"
+        elif name in from_file:
+            values[field], origins[field] = from_file[name], str(env_file)
+        # `NAME=` in an env file leaves the setting out, except where empty is a value of its own.
+        if values.get(field) == "" and field != "audio_server_url":
+            del values[field]
+    try:
+        return Settings.model_validate(values)
+    except ValidationError as error:
+        faults = "; ".join(
+            f"{str(fault['loc'][0]).upper()} from {origins[str(fault['loc'][0])]}: "
+            + fault["msg"].removeprefix("Value error, ")
+            for fault in error.errors(include_url=False)
+        )
+        raise SettingError(f"wrong setting: {faults}") from None
+
+
+def _read_env_file(env_file: Path) -> dict[str, str]:
+    if not env_file.is_file():
+        if env_file == Path(".env"):
+            return {}
+        raise SettingError(f"there is no settings file {env_file}: copy .env.example and edit it")
+    try:
+        return {name: value or "" for name, value in dotenv_values(env_file, interpolate=False).items()}
+    except (OSError, UnicodeDecodeError) as error:
+        raise SettingError(f"cannot read the settings file {env_file}: {error}") from None

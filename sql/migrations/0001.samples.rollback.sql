@@ -1,0 +1,13 @@
+DROP VIEW segmentation_revisions;
+DROP VIEW translation_revisions;
+DROP VIEW transcript_revisions;
+DROP TABLE revisions;
+DROP FUNCTION number_revision();
+DROP TABLE sample_changes;
+DROP TABLE samples;
+DROP VIEW sync_runs;
+DROP TABLE runs;
+DROP TYPE revision_kind;
+DROP TYPE change_source;
+DROP TYPE change_kind;
+DROP TYPE task_type;

@@ -1,0 +1,3 @@
+DROP TABLE gold_scores;
+DROP TABLE gold_exposures;
+DROP TABLE exports;
