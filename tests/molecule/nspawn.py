@@ -43,6 +43,7 @@ PACKAGES = (
     "openssh-server",
     "procps",
     "python3",
+    "python3-apt",
     "sudo",
     "systemd-sysv",
 )
@@ -126,7 +127,7 @@ def root_tree(release: str) -> Path:
         settings_file = CACHE / f"apt-{release}.conf"
         settings_file.write_text(settings)
         command: list[str | Path] = [
-            "mmdebstrap", "--variant=apt", "--mode=root", f"--include={','.join(PACKAGES)}",
+            "mmdebstrap", "--variant=apt", "--mode=root", "--skip=cleanup/apt/lists", f"--include={','.join(PACKAGES)}",
             f"--aptopt={settings_file}", release, unfinished, *sources,
         ]  # fmt: skip
         run(*command)
