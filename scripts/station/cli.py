@@ -61,9 +61,7 @@ def add_task_type(options: argparse.ArgumentParser, *, required: bool) -> None:
 
 def add_dry_run(options: argparse.ArgumentParser) -> None:
     """Add `--dry-run`."""
-    options.add_argument(
-        "-n", "--dry-run", action="store_true", help="say what would be done and change nothing"
-    )
+    options.add_argument("-n", "--dry-run", action="store_true", help="say what would be done and change nothing")
 
 
 def positive(value: str) -> int:
@@ -101,9 +99,7 @@ def run(options: argparse.ArgumentParser, job: Callable[[argparse.Namespace], Ex
     arguments = options.parse_args()
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(
-        _JournalFormatter("%(message)s")
-        if "JOURNAL_STREAM" in os.environ
-        else _ConsoleFormatter("%(message)s")
+        _JournalFormatter("%(message)s") if "JOURNAL_STREAM" in os.environ else _ConsoleFormatter("%(message)s")
     )
     log.addHandler(handler)
     log.setLevel(logging.DEBUG if arguments.verbose else logging.INFO)

@@ -48,9 +48,7 @@ def connect(settings: Settings, setting: str, script: str) -> Connection:
             raise SettingError(f"{setting.upper()}: {reason}") from None
         if "password authentication failed" in reason or "no password supplied" in reason:
             raise SettingError(f"{setting.upper()}: {reason}") from None
-        raise UnavailableError(
-            f"PostgreSQL does not answer at {setting.upper()}: {reason}; is it running?"
-        ) from None
+        raise UnavailableError(f"PostgreSQL does not answer at {setting.upper()}: {reason}; is it running?") from None
     return connection
 
 
@@ -63,9 +61,7 @@ def connect_data_factory(settings: Settings, script: str) -> Connection:
     """
     connection = connect(settings, "data_factory_dsn", script)
     # The last thing that the migrations make.
-    row = connection.execute(
-        "SELECT to_regclass('v_annotator_accuracy') IS NOT NULL, current_database()"
-    ).fetchone()
+    row = connection.execute("SELECT to_regclass('v_annotator_accuracy') IS NOT NULL, current_database()").fetchone()
     connection.rollback()
     if row is None or not row[0]:
         name = row[1] if row else "?"
@@ -136,8 +132,7 @@ def recorded_run(connection: Connection, script: str, task_type: TaskType | None
         if not connection.closed:
             connection.rollback()
             connection.execute(
-                "UPDATE runs SET finished_at = clock_timestamp(), exit_code = %s, counts = %s "
-                "WHERE run_id = %s",
+                "UPDATE runs SET finished_at = clock_timestamp(), exit_code = %s, counts = %s WHERE run_id = %s",
                 [exit_code, json.dumps(run.counts, default=str), run.run_id],
             )
             connection.commit()
@@ -149,9 +144,7 @@ def project_ids(connection: Connection, settings: Settings) -> Mapping[str, int]
     Returns:
         task type name → project id; task types without a project are missing.
     """
-    known: dict[str, int] = dict(
-        connection.execute("SELECT task_type::text, project_id FROM projects").fetchall()
-    )
+    known: dict[str, int] = dict(connection.execute("SELECT task_type::text, project_id FROM projects").fetchall())
     connection.rollback()
     result: dict[str, int] = {}
     for task_type in TASK_TYPES.values():
