@@ -8,6 +8,7 @@ from urllib.parse import quote, urlencode
 import psycopg
 import psycopg.conninfo
 import yoyo
+
 from station import cli, contract
 from station.cli import log
 from station.database import connect, exclusive
@@ -25,9 +26,7 @@ def parser() -> argparse.ArgumentParser:
         "grant label_studio_reader the columns of Label Studio that the scripts read. Running it again changes nothing."
     )
     cli.add_dry_run(options)
-    options.add_argument(
-        "--rollback", type=cli.positive, metavar="N", help="take the last N steps back instead"
-    )
+    options.add_argument("--rollback", type=cli.positive, metavar="N", help="take the last N steps back instead")
     return options
 
 
@@ -51,9 +50,7 @@ def main(options: argparse.Namespace) -> ExitCode:
 def _migrate(settings: Settings, options: argparse.Namespace) -> list[str]:
     connection = connect(settings, "data_factory_owner_dsn", "migrate")
     if connection.execute("SELECT FROM pg_roles WHERE rolname = 'labelstation'").fetchone() is None:
-        raise SettingError(
-            "DATA_FACTORY_OWNER_DSN: the cluster has no role labelstation: run sql/cluster.sql first"
-        )
+        raise SettingError("DATA_FACTORY_OWNER_DSN: the cluster has no role labelstation: run sql/cluster.sql first")
     with connection, exclusive(connection, "migrate"):
         backend = yoyo.get_backend(_yoyo_address(settings.require("data_factory_owner_dsn")))
         try:
@@ -74,9 +71,7 @@ def _migrate(settings: Settings, options: argparse.Namespace) -> list[str]:
 
 def _yoyo_address(dsn: str) -> str:
     """The DSN as a URL, the only form that yoyo takes."""
-    parts = {
-        key: str(value) for key, value in psycopg.conninfo.conninfo_to_dict(dsn).items() if value is not None
-    }
+    parts = {key: str(value) for key, value in psycopg.conninfo.conninfo_to_dict(dsn).items() if value is not None}
     user, password = quote(parts.pop("user", ""), safe=""), parts.pop("password", None)
     database = quote(parts.pop("dbname", ""), safe="")
     secret = f":{quote(password, safe='')}" if password is not None else ""
@@ -100,8 +95,7 @@ def _grant(settings: Settings, *, dry_run: bool) -> bool:
             contract.grant_reader(connection, READER)
         except psycopg.errors.UndefinedColumn as error:
             raise SettingError(
-                f"LABEL_STUDIO_OWNER_DSN: this Label Studio lacks what the scripts read: "
-                f"{error.diag.message_primary}"
+                f"LABEL_STUDIO_OWNER_DSN: this Label Studio lacks what the scripts read: {error.diag.message_primary}"
             ) from None
     return True
 

@@ -10,6 +10,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import FrameType
 
+import psycopg
+
 from station.errors import ExitCode, StationError
 from station.task_types import TASK_TYPES, task_type_argument
 
@@ -61,9 +63,7 @@ def add_task_type(options: argparse.ArgumentParser, *, required: bool) -> None:
 
 def add_dry_run(options: argparse.ArgumentParser) -> None:
     """Add `--dry-run`."""
-    options.add_argument(
-        "-n", "--dry-run", action="store_true", help="say what would be done and change nothing"
-    )
+    options.add_argument("-n", "--dry-run", action="store_true", help="say what would be done and change nothing")
 
 
 def positive(value: str) -> int:
@@ -101,9 +101,7 @@ def run(options: argparse.ArgumentParser, job: Callable[[argparse.Namespace], Ex
     arguments = options.parse_args()
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(
-        _JournalFormatter("%(message)s")
-        if "JOURNAL_STREAM" in os.environ
-        else _ConsoleFormatter("%(message)s")
+        _JournalFormatter("%(message)s") if "JOURNAL_STREAM" in os.environ else _ConsoleFormatter("%(message)s")
     )
     log.addHandler(handler)
     log.setLevel(logging.DEBUG if arguments.verbose else logging.INFO)
@@ -113,6 +111,10 @@ def run(options: argparse.ArgumentParser, job: Callable[[argparse.Namespace], Ex
     except StationError as error:
         log.error("%s", error)
         code = error.exit_code
+    except psycopg.OperationalError as error:
+        # Opening a connection has its own messages; this one broke while it was in use.
+        log.error("PostgreSQL broke off: %s; run this again", str(error).strip().splitlines()[0])
+        code = ExitCode.TRY_AGAIN
     except KeyboardInterrupt:
         code = ExitCode.INTERRUPTED
     except _TerminatedError:
