@@ -479,9 +479,10 @@ def judge(pull: Pull, start: int, end: int) -> None:
             INNER JOIN samples AS s USING (sample_id)
             LEFT JOIN submitted_annotations AS before ON before.label_studio_annotation_id = f.id
             CROSS JOIN LATERAL (
-                SELECT least(
+                -- The lead time of work that is sent in again has grown by the breaks; the first one counts.
+                SELECT coalesce(before.began_at, least(
                     f.created_at - make_interval(secs => greatest(coalesce(f.lead_time, 0), 0)), f.draft_created_at
-                ) AS at
+                )) AS at
             ) AS began
             CROSS JOIN LATERAL (
                 -- Before the first showing nobody can have seen anything: clocks differ, or the lead time is wrong.
@@ -624,7 +625,7 @@ def add_revisions(pull: Pull) -> int:
         noted AS (
             INSERT INTO sample_changes (sample_id, sync_version, kind, content_hash, source, task_key, run_id)
             SELECT
-                f.sample_id, r.version_before + f.number, %(kind)s::change_kind,
+                f.sample_id, r.version_before + f.number, %(kind)s::text::change_kind,
                 md5(coalesce(f.text, f.segments::text)), 'human', f.task_key, %(run)s
             FROM finished AS f INNER JOIN raised AS r USING (sample_id)
         )
@@ -633,13 +634,13 @@ def add_revisions(pull: Pull) -> int:
             audio_file_md5
         )
         SELECT
-            f.sample_id, %(kind)s::revision_kind, coalesce(latest.version, 0) + f.number, r.version_before + f.number,
+            f.sample_id, %(kind)s::text::revision_kind, coalesce(latest.version, 0) + f.number, r.version_before + f.number,
             f.text, f.segments, latest.language, 'human', f.annotation_id, f.pseudonym, f.audio_file_md5
         FROM finished AS f
         INNER JOIN raised AS r USING (sample_id)
         LEFT JOIN LATERAL (
             SELECT version, language FROM revisions
-            WHERE sample_id = f.sample_id AND kind = %(kind)s::revision_kind
+            WHERE sample_id = f.sample_id AND kind = %(kind)s::text::revision_kind
             ORDER BY version DESC
             LIMIT 1
         ) AS latest ON true
@@ -662,10 +663,10 @@ def note_withdrawals(pull: Pull, sample_ids: Sequence[UUID]) -> None:
         )
         INSERT INTO sample_changes (sample_id, sync_version, kind, content_hash, source, run_id, task_key)
         SELECT
-            r.sample_id, r.sync_version, %(kind)s::change_kind,
+            r.sample_id, r.sync_version, %(kind)s::text::change_kind,
             (
                 SELECT md5(coalesce(c.text, c.segments::text)) FROM revisions AS c
-                WHERE c.sample_id = r.sample_id AND c.kind = %(kind)s::revision_kind AND c.withdrawn_at IS NULL
+                WHERE c.sample_id = r.sample_id AND c.kind = %(kind)s::text::revision_kind AND c.withdrawn_at IS NULL
                 ORDER BY c.version DESC
                 LIMIT 1
             ),
