@@ -19,7 +19,6 @@ from station.settings import Settings, load_settings
 from station.standing import WAITING, counts, standing
 from station.task_types import TaskType
 
-KEY = "labelstation_key"
 BATCH_TASKS = 1000
 BATCH_BYTES = 16 * 1024 * 1024
 # How long to look for tasks whose import was cut off before they count as never made. An import of 1,000 tasks takes
@@ -204,7 +203,7 @@ def send(push: Push, keys: Sequence[UUID]) -> tuple[int, int]:
             if not isinstance(error, NoAnswerError):
                 raise
             log.warning("%s; looking whether the tasks were made", error)
-            unclear.extend(UUID(str(task["meta"][KEY])) for task in batch)
+            unclear.extend(UUID(task["meta"][contract.KEY]) for task in batch)
         else:
             made, refused = made + some_made, refused + some_refused
     if unclear:
@@ -264,7 +263,7 @@ def payloads(push: Push, keys: Sequence[UUID]) -> list[dict[str, Any]]:
             "sample_id": str(sample_id),
         }
         data = {name: fields[name] for name in push.task_type.data_fields}
-        result.append({"data": data, "meta": {KEY: str(key)}})
+        result.append({"data": data, "meta": {contract.KEY: str(key)}})
     return result
 
 
@@ -281,7 +280,9 @@ def import_batch(push: Push, batch: Sequence[dict[str, Any]]) -> tuple[int, int]
         middle = len(batch) // 2
         first, second = import_batch(push, batch[:middle]), import_batch(push, batch[middle:])
         return first[0] + second[0], first[1] + second[1]
-    record(push, {UUID(str(task["meta"][KEY])): task_id for task, task_id in zip(batch, task_ids, strict=True)})
+    record(
+        push, {UUID(str(task["meta"][contract.KEY])): task_id for task, task_id in zip(batch, task_ids, strict=True)}
+    )
     return len(batch), 0
 
 
@@ -312,7 +313,7 @@ def refuse(push: Push, task: dict[str, Any], reason: str) -> None:
             )
             SELECT unlock_sample(sample_id) FROM refused
             """,
-            [reason, task["meta"][KEY]],
+            [reason, task["meta"][contract.KEY]],
         )
 
 
@@ -374,7 +375,7 @@ def record_found(push: Push, keys: Sequence[UUID]) -> dict[UUID, int]:
             WHERE project_id = %(project)s AND id > %(after)s AND meta ->> %(key)s = ANY (%(keys)s)
             GROUP BY 1
             """,
-            {"key": KEY, "project": push.project_id, "after": made_before, "keys": [str(key) for key in keys]},
+            {"key": contract.KEY, "project": push.project_id, "after": made_before, "keys": [str(key) for key in keys]},
         ).fetchall()
         waited = time.monotonic() - began
         if len(found) == len(keys) or waited > SETTLE_AT_MOST_SECONDS or (waited > SETTLE_SECONDS and not working):
@@ -414,7 +415,7 @@ def remove_twins(push: Push) -> tuple[int, int]:
         WHERE t.project_id = %(project)s AND t.id > %(after)s
         ORDER BY t.id
         """,
-        {"key": KEY, "project": push.project_id, "after": row[0] if row else 0},
+        {"key": contract.KEY, "project": push.project_id, "after": row[0] if row else 0},
     ).fetchall()
     pairs: dict[str, list[tuple[int, bool]]] = {}
     for task_id, key, touched in recent:

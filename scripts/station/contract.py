@@ -10,6 +10,9 @@ from station.database import Connection
 from station.errors import SettingError
 from station.label_studio import LabelStudio
 
+# Where our own key of a task is in its meta.
+KEY = "labelstation_key"
+
 COLUMNS: dict[str, dict[str, str]] = {
     "project": {"id": "integer", "title": "character varying", "created_at": "timestamp with time zone"},
     "task": {
