@@ -1,7 +1,7 @@
 """What the scripts read in Label Studio's own database: the only tables and columns they may touch.
 
 A Label Studio that lacks one of these, or gives it another type, is refused before anything is read.
-Holds for Label Studio 1.23.2.
+Holds for the version of Label Studio named below.
 """
 
 from psycopg import sql
@@ -9,6 +9,9 @@ from psycopg import sql
 from station.database import Connection
 from station.errors import SettingError
 from station.label_studio import LabelStudio
+
+# The version of Label Studio that the columns were last checked with.
+VERSION = "1.23.2"
 
 # Where our own key of a task is in its meta.
 KEY = "labelstation_key"
