@@ -54,7 +54,7 @@ STOP_SECONDS = 60
 
 def run(*command: str | Path) -> str:
     """Run a command and give its output; its errors end the program with what it said."""
-    done = subprocess.run([str(part) for part in command], capture_output=True, text=True)
+    done = subprocess.run([str(part) for part in command], check=False, capture_output=True, text=True)
     if done.returncode != 0:
         sys.exit(f"{' '.join(map(str, command))}: exit {done.returncode}\n{done.stdout}{done.stderr}")
     return done.stdout
@@ -98,7 +98,7 @@ def pip_settings() -> str:
     wanted = ("index-url", "extra-index-url", "trusted-host", "proxy", "cert", "timeout")
     found: dict[str, str] = {}
     listed = subprocess.run(
-        [sys.executable, "-m", "pip", "config", "list"], capture_output=True, text=True
+        [sys.executable, "-m", "pip", "config", "list"], check=False, capture_output=True, text=True
     )
     for line in listed.stdout.splitlines():
         key, _, value = line.partition("=")

@@ -32,7 +32,7 @@ def outcome(unit: str) -> tuple[str, str]:
     if result is None or status is None:
         shown = subprocess.run(
             ["systemctl", "show", "--property=Result,ExecMainStatus", unit],
-            capture_output=True, text=True, check=True,
+            check=True, capture_output=True, text=True,
         ).stdout  # fmt: skip
         values = dict(line.split("=", 1) for line in shown.splitlines())
         result, status = values["Result"], values["ExecMainStatus"]
@@ -43,7 +43,7 @@ def journal(unit: str) -> str:
     """The last lines that the job wrote."""
     return subprocess.run(
         ["journalctl", "--unit", unit, "--lines=20", "--output=cat", "--no-pager"],
-        capture_output=True, text=True,
+        check=False, capture_output=True, text=True,
     ).stdout  # fmt: skip
 
 

@@ -1,7 +1,7 @@
 """A filter that leaves one address out of a list of networks."""
 
 from collections.abc import Callable
-from ipaddress import ip_address, ip_network
+from ipaddress import IPv4Network, IPv6Network, ip_address, ip_network
 
 
 def without_address(networks: list[str], address: str) -> list[str]:
@@ -16,16 +16,16 @@ def without_address(networks: list[str], address: str) -> list[str]:
     """
     if not address:
         return networks
-    left_out = ip_network(ip_address(address))
+    left_out = ip_address(address)
     result: list[str] = []
     for text in networks:
         network = ip_network(text)
-        if network.version == 4 and left_out.version == 4 and left_out.subnet_of(network):
-            result += [str(part) for part in sorted(network.address_exclude(left_out))]
-        elif network.version == 6 and left_out.version == 6 and left_out.subnet_of(network):
-            result += [str(part) for part in sorted(network.address_exclude(left_out))]
-        else:
+        if left_out not in network:
             result.append(text)
+        elif isinstance(network, IPv4Network):
+            result += [str(part) for part in sorted(network.address_exclude(IPv4Network(address)))]
+        else:
+            result += [str(part) for part in sorted(network.address_exclude(IPv6Network(address)))]
     return result
 
 
