@@ -12,8 +12,11 @@ import socket
 import subprocess
 import sys
 import urllib.request
+from collections.abc import Callable
 from email.message import EmailMessage
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 TRY_AGAIN = "75"
 TIMEOUT_SECONDS = 20
@@ -24,19 +27,6 @@ MEANINGS = {
     "75": "something it needs has been down for a while",
     "78": "a setting or credential is missing or wrong",
 }
-
-
-def outcome(unit: str) -> tuple[str, str]:
-    """How the job's run ended: systemd's result, such as success or exit-code, and the exit status."""
-    result, status = os.environ.get("MONITOR_SERVICE_RESULT"), os.environ.get("MONITOR_EXIT_STATUS")
-    if result is None or status is None:
-        shown = subprocess.run(
-            ["systemctl", "show", "--property=Result,ExecMainStatus", unit],
-            check=True, capture_output=True, text=True,
-        ).stdout  # fmt: skip
-        values = dict(line.split("=", 1) for line in shown.splitlines())
-        result, status = values["Result"], values["ExecMainStatus"]
-    return result, status
 
 
 def journal(unit: str) -> str:
@@ -87,9 +77,9 @@ def ping(unit: str, state: str) -> None:
 def main() -> int:
     """Compare with what was said last, and say the difference."""
     unit = sys.argv[1]
-    result, status = outcome(f"{unit}.service")
+    result, status = os.environ["MONITOR_SERVICE_RESULT"], os.environ["MONITOR_EXIT_STATUS"]
     memory = Path(os.environ["STATE_DIRECTORY"]) / f"{unit}.json"
-    before = json.loads(memory.read_text()) if memory.exists() else {"state": "works", "tries": 0}
+    before: dict[str, Any] = json.loads(memory.read_text()) if memory.exists() else {"state": "works", "tries": 0}
     failing = result != "success"
     tries = int(before["tries"]) + 1 if failing and status == TRY_AGAIN else 0
     patience = int(os.environ["ALERT_TRIES"])
@@ -104,9 +94,13 @@ def main() -> int:
         reason = MEANINGS.get(status, f"exit status {status}") if result == "exit-code" else result
         text = "" if state == "works" else f"It ended with: {reason}.\n\n{journal(f'{unit}.service')}"
         print(f"{'<5>' if state == 'works' else '<3>'}ALERT {subject}", flush=True)
-        for send in (lambda: send_mail(subject, text), lambda: post(subject, text, state)):
+        deliveries: tuple[Callable[[], None], ...] = (
+            partial(send_mail, subject, text),
+            partial(post, subject, text, state),
+        )
+        for deliver in deliveries:
             try:
-                send()
+                deliver()
             except OSError as error:
                 # Without the address: it can be a secret.
                 faults.append(f"{type(error).__name__}: {getattr(error, 'reason', '') or error.strerror}")
