@@ -54,7 +54,7 @@ MOLECULE ?= default
 RELEASE ?= bookworm
 
 .PHONY: molecule
-molecule: $(CONTROL)/.test ## Deploy to a real Debian in systemd-nspawn and use it (root; RELEASE=bookworm|trixie MOLECULE=default|full)
+molecule: $(CONTROL)/.test $(VENV)/.local ## Deploy to a real Debian in systemd-nspawn and use it (root; RELEASE=bookworm|trixie MOLECULE=default|full)
 	@PATH="$(CURDIR)/$(CONTROL)/bin:$$PATH" RELEASE=$(RELEASE) ANSIBLE_CONFIG=$(CURDIR)/ansible.cfg \
 		MOLECULE_GLOB='tests/molecule/*/molecule.yml' molecule test --scenario-name $(MOLECULE) $(ARGS)
 
