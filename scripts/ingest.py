@@ -377,7 +377,7 @@ def _dvc_output(file: Path, path: str) -> str | None:
         name, _, value = line.strip().removeprefix("- ").partition(":")
         if value == "":
             section = name
-        if line.lstrip().startswith("- "):
+        if value == "" or line.lstrip().startswith("- "):
             entry = {}
         entry[name] = value.strip()
         if section == "outs" and entry.get("path") == path and "md5" in entry:
@@ -549,8 +549,9 @@ def _read_line(number: int, raw: bytes, rejections: Rejections) -> NumberedLine:
 def _readable_id(raw: bytes) -> str | None:
     """The id of a line that is wrong in another way."""
     try:
-        return parse(LineId, raw).id
-    except RejectedError:
+        values = pydantic_core.from_json(raw)
+        return parse(LineId, pydantic_core.to_json({"id": values["id"]})).id
+    except (ValueError, TypeError, KeyError, RejectedError):
         return None
 
 
