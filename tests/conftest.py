@@ -1,14 +1,17 @@
 """The real servers that the tests run against: one PostgreSQL and one Label Studio for the whole run."""
 
+import json
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psycopg
 import pytest
 from psycopg import sql
 
-from station.local_services import LocalPostgres
-from support import Connection, run_script, write_settings
+from station.local_services import Account, LocalPostgres, free_port, initialise_label_studio, label_studio
+from support import Annotator, Connection, run_script, write_settings
 
 
 @pytest.fixture(scope="session")
@@ -61,3 +64,87 @@ def db(postgres: LocalPostgres, data_factory: str) -> Iterator[Connection]:
     """A connection to the test's data_factory as the scripts' role, each statement its own transaction."""
     with psycopg.connect(postgres.dsn("labelstation", data_factory), autocommit=True) as connection:
         yield connection
+
+
+@dataclass
+class RunningLabelStudio:
+    """The one Label Studio of the test run."""
+
+    address: str
+    account: Account
+
+
+@pytest.fixture(scope="session")
+def running_label_studio(
+    postgres: LocalPostgres, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[RunningLabelStudio]:
+    folder = tmp_path_factory.mktemp("label_studio")
+    account = initialise_label_studio(folder, postgres)
+    server = label_studio(folder, postgres, free_port())
+    server.start()
+    yield RunningLabelStudio(server.address, account)
+    server.stop()
+
+
+@dataclass
+class Station:
+    """Everything a test of the loop needs: settings, its own projects, both databases, the administrator."""
+
+    env_file: Path
+    address: str
+    token: str
+    projects: dict[str, int]
+    db: Connection
+    label_studio_db: Connection
+    admin: Annotator
+
+    def run(self, script: str, *arguments: str, expect: int = 0, **environment: str) -> dict[str, Any]:
+        """Run a script, check its exit code, return its result and what it said on stderr."""
+        done = run_script(script, "--json", *arguments, env_file=self.env_file, **environment)
+        assert done.returncode == expect, f"{script} {arguments}: {done.returncode}\n{done.stdout}\n{done.stderr}"
+        result: dict[str, Any] = json.loads(done.stdout) if done.stdout else {}
+        return {**result, "stderr": done.stderr}
+
+    def tasks(self, task_type: str = "transcript_correction") -> dict[str, int]:
+        """Tasks that Label Studio has: sample id → task id; fails if a sample has two."""
+        rows = self.label_studio_db.execute(
+            "SELECT data ->> 'sample_id', id FROM task WHERE project_id = %s", [self.projects[task_type]]
+        ).fetchall()
+        result: dict[str, int] = dict(rows)
+        assert len(result) == len(rows), "a sample has two tasks"
+        return result
+
+
+@pytest.fixture
+def station(
+    postgres: LocalPostgres, running_label_studio: RunningLabelStudio, data_factory: str, db: Connection, tmp_path: Path
+) -> Iterator[Station]:
+    env_file = write_settings(
+        tmp_path / "settings.env",
+        LABEL_STUDIO_URL=running_label_studio.address,
+        LABEL_STUDIO_API_KEY=running_label_studio.account.token,
+        LABEL_STUDIO_DSN=postgres.dsn("label_studio_reader", "label_studio"),
+        LABEL_STUDIO_OWNER_DSN=postgres.dsn("label_studio", "label_studio"),
+        DATA_FACTORY_DSN=postgres.dsn("labelstation", data_factory),
+        DATA_FACTORY_OWNER_DSN=postgres.dsn("labelstation_owner", data_factory),
+        RAW_DIR=str(tmp_path / "raw"),
+        REVIEWED_DIR=str(tmp_path / "reviewed"),
+    )
+    for script in ("migrate", "setup_projects"):
+        done = run_script(script, "--json", env_file=env_file)
+        assert done.returncode == 0, done.stderr
+    made = json.loads(done.stdout)
+    projects = {task_type: int(entry["project"]) for task_type, entry in made.items()}
+    admin = Annotator.with_token(running_label_studio.address, running_label_studio.account.token)
+    with psycopg.connect(postgres.dsn("label_studio", "label_studio"), autocommit=True) as label_studio_db:
+        yield Station(
+            env_file,
+            running_label_studio.address,
+            running_label_studio.account.token,
+            projects,
+            db,
+            label_studio_db,
+            admin,
+        )
+    for project_id in projects.values():
+        admin.call("DELETE", f"/api/projects/{project_id}/")

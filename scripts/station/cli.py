@@ -10,6 +10,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import FrameType
 
+import psycopg
+
 from station.errors import ExitCode, StationError
 from station.task_types import TASK_TYPES, task_type_argument
 
@@ -109,6 +111,10 @@ def run(options: argparse.ArgumentParser, job: Callable[[argparse.Namespace], Ex
     except StationError as error:
         log.error("%s", error)
         code = error.exit_code
+    except psycopg.OperationalError as error:
+        # Opening a connection has its own messages; this one broke while it was in use.
+        log.error("PostgreSQL broke off: %s; run this again", str(error).strip().splitlines()[0])
+        code = ExitCode.TRY_AGAIN
     except KeyboardInterrupt:
         code = ExitCode.INTERRUPTED
     except _TerminatedError:

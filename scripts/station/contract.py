@@ -1,13 +1,20 @@
 """What the scripts read in Label Studio's own database: the only tables and columns they may touch.
 
 A Label Studio that lacks one of these, or gives it another type, is refused before anything is read.
-Holds for Label Studio 1.23.2.
+Holds for the version of Label Studio named below.
 """
 
 from psycopg import sql
 
 from station.database import Connection
 from station.errors import SettingError
+from station.label_studio import LabelStudio
+
+# The version of Label Studio that the columns were last checked with.
+VERSION = "1.23.2"
+
+# Where our own key of a task is in its meta.
+KEY = "labelstation_key"
 
 COLUMNS: dict[str, dict[str, str]] = {
     "project": {"id": "integer", "title": "character varying", "created_at": "timestamp with time zone"},
@@ -85,7 +92,6 @@ def check(connection: Connection) -> None:
     """
     found = breaches(connection)
     row = connection.execute("SELECT current_database()").fetchone()
-    connection.rollback()
     name = row[0] if row else "?"
     if len(found) == sum(len(columns) for columns in COLUMNS.values()):
         raise SettingError(
@@ -100,9 +106,28 @@ def check(connection: Connection) -> None:
         )
 
 
+def check_same(connection: Connection, label_studio: LabelStudio, project_id: int) -> None:
+    """Refuse an address and a database that belong to different Label Studios.
+
+    Raises:
+        SettingError: they do, or the project does not exist.
+    """
+    title = label_studio.project(project_id)["title"]
+    row = connection.execute("SELECT title FROM project WHERE id = %s", [project_id]).fetchone()
+    if row != (title,):
+        raise SettingError(
+            f"LABEL_STUDIO_DSN and LABEL_STUDIO_URL are two different Label Studios: {label_studio.address} has "
+            f"project {project_id} {title!r}, the database has {repr(row[0]) if row else 'none'}"
+        )
+
+
 def grant_reader(connection: Connection, reader: str) -> None:
     """Let the reading role see exactly the contract's columns; run as Label Studio's own role."""
-    role = sql.Identifier(reader)
+    with connection.transaction():
+        _grant(connection, sql.Identifier(reader))
+
+
+def _grant(connection: Connection, role: sql.Identifier) -> None:
     connection.execute(sql.SQL("REVOKE ALL ON ALL TABLES IN SCHEMA public FROM {}").format(role))
     connection.execute(sql.SQL("GRANT USAGE ON SCHEMA public TO {}").format(role))
     for table, columns in COLUMNS.items():
@@ -111,4 +136,3 @@ def grant_reader(connection: Connection, reader: str) -> None:
                 sql.SQL(", ").join(map(sql.Identifier, columns)), sql.Identifier(table), role
             )
         )
-    connection.commit()

@@ -21,7 +21,7 @@ _LOCK_WAIT_SECONDS = 10
 
 
 def connect(settings: Settings, setting: str, script: str) -> Connection:
-    """Connect with the DSN of one setting.
+    """Connect with the DSN of one setting; every statement outside `connection.transaction()` stands for itself.
 
     Args:
         settings: where the DSN is.
@@ -36,6 +36,7 @@ def connect(settings: Settings, setting: str, script: str) -> Connection:
     try:
         connection = psycopg.connect(
             dsn,
+            autocommit=True,
             connect_timeout=10,
             application_name=f"labelstation-{script}",
             # A script that was killed must not go on inside the server.
@@ -62,7 +63,6 @@ def connect_data_factory(settings: Settings, script: str) -> Connection:
     connection = connect(settings, "data_factory_dsn", script)
     # The last thing that the migrations make.
     row = connection.execute("SELECT to_regclass('v_annotator_accuracy') IS NOT NULL, current_database()").fetchone()
-    connection.rollback()
     if row is None or not row[0]:
         name = row[1] if row else "?"
         connection.close()
@@ -82,22 +82,18 @@ def exclusive(connection: Connection, what: str) -> Iterator[None]:
     Raises:
         UnavailableError: another run still holds it.
     """
-    connection.commit()
+    key = f"labelstation {what}"
+    connection.execute(sql.SQL("SET lock_timeout = {}").format(f"{_LOCK_WAIT_SECONDS}s"))
     try:
-        connection.execute(sql.SQL("SET lock_timeout = {}").format(f"{_LOCK_WAIT_SECONDS}s"))
-        connection.execute("SELECT pg_advisory_lock(hashtextextended(%s, 0))", [f"labelstation {what}"])
-        connection.execute("RESET lock_timeout")
-        connection.commit()
+        connection.execute("SELECT pg_advisory_lock(hashtextextended(%s, 0))", [key])
     except psycopg.errors.LockNotAvailable:
-        connection.rollback()
         raise UnavailableError(f"another {what} is running: wait until it has ended") from None
+    connection.execute("RESET lock_timeout")
     try:
         yield
     finally:
         if not connection.closed:
-            connection.rollback()
-            connection.execute("SELECT pg_advisory_unlock(hashtextextended(%s, 0))", [f"labelstation {what}"])
-            connection.commit()
+            connection.execute("SELECT pg_advisory_unlock(hashtextextended(%s, 0))", [key])
 
 
 @dataclass
@@ -118,7 +114,6 @@ def recorded_run(connection: Connection, script: str, task_type: TaskType | None
         "INSERT INTO runs (script, task_type) VALUES (%s, %s) RETURNING run_id",
         [script, task_type.name if task_type else None],
     ).fetchone()
-    connection.commit()
     assert row is not None
     run = Run(row[0])
     exit_code: int = ExitCode.UNEXPECTED
@@ -130,12 +125,10 @@ def recorded_run(connection: Connection, script: str, task_type: TaskType | None
         raise
     finally:
         if not connection.closed:
-            connection.rollback()
             connection.execute(
                 "UPDATE runs SET finished_at = clock_timestamp(), exit_code = %s, counts = %s WHERE run_id = %s",
                 [exit_code, json.dumps(run.counts, default=str), run.run_id],
             )
-            connection.commit()
 
 
 def project_ids(connection: Connection, settings: Settings) -> Mapping[str, int]:
@@ -145,7 +138,6 @@ def project_ids(connection: Connection, settings: Settings) -> Mapping[str, int]
         task type name → project id; task types without a project are missing.
     """
     known: dict[str, int] = dict(connection.execute("SELECT task_type::text, project_id FROM projects").fetchall())
-    connection.rollback()
     result: dict[str, int] = {}
     for task_type in TASK_TYPES.values():
         project_id = getattr(settings, task_type.project_setting.lower()) or known.get(task_type.name)

@@ -64,8 +64,8 @@ class LabelStudio:
         """Send one request and return the decoded answer.
 
         Raises:
-            UnavailableError: Label Studio could not be reached, or has a fault of its own (5xx).
-            NoAnswerError: the request may have been carried out, but no answer came.
+            UnavailableError: Label Studio could not be reached.
+            NoAnswerError: the request may have been carried out, but no answer came, or one of 5xx.
             SettingError: the token is wrong, or this is not a Label Studio.
             RefusedError: it answered 4xx.
         """

@@ -19,7 +19,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
@@ -238,6 +238,7 @@ class Server:
     command: Sequence[str]
     environment: dict[str, str]
     health: str
+    _child: subprocess.Popen[bytes] | None = field(default=None, init=False, repr=False)
 
     @property
     def address(self) -> str:
@@ -284,6 +285,7 @@ class Server:
                 env=self.environment,
                 start_new_session=True,
             )
+        self._child = child
         note = {"pid": child.pid, "started": psutil.Process(child.pid).create_time()}
         self._pid_file.write_text(json.dumps(note))
 
@@ -305,6 +307,8 @@ class Server:
             for survivor in alive:
                 survivor.kill()
             psutil.wait_procs(alive, timeout=5)
+        if self._child is not None:
+            self._child.wait()
         self._pid_file.unlink(missing_ok=True)
         return process is not None
 

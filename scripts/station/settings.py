@@ -2,11 +2,11 @@
 
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Self
 
 import psycopg.conninfo
 from dotenv import dotenv_values
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
 from station.errors import SettingError
 
@@ -58,6 +58,14 @@ class Settings(BaseModel):
     gold_sample_ratio: float = Field(default=0.05, ge=0, le=0.5)
     skip_gold_validation: bool = False
 
+    @model_validator(mode="after")
+    def _one_project_each(self) -> Self:
+        projects = [self.ls_project_transcript, self.ls_project_translation, self.ls_project_segmentation]
+        given = [project for project in projects if project is not None]
+        if len(set(given)) < len(given):
+            raise ValueError("two of the settings LS_PROJECT_… name the same project")
+        return self
+
     def require(self, name: str) -> str:
         """The value of a setting that this script cannot do without.
 
@@ -99,7 +107,7 @@ def load_settings(env_file: Path) -> Settings:
         return Settings.model_validate(values)
     except ValidationError as error:
         faults = "; ".join(
-            f"{str(fault['loc'][0]).upper()} from {origins[str(fault['loc'][0])]}: "
+            "".join(f"{str(field).upper()} from {origins[str(field)]}: " for field in fault["loc"][:1])
             + fault["msg"].removeprefix("Value error, ")
             for fault in error.errors(include_url=False)
         )

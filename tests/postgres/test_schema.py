@@ -5,22 +5,13 @@ from concurrent.futures import ThreadPoolExecutor
 import psycopg
 
 from station.local_services import LocalPostgres
-from support import Connection
-
-
-def add_sample(db: Connection, external_id: str = "a") -> str:
-    row = db.execute(
-        "INSERT INTO samples (external_id, source_type) VALUES (%s, 'manual_upload') RETURNING sample_id::text",
-        [external_id],
-    ).fetchone()
-    assert row is not None
-    return str(row[0])
+from support import Connection, add_sample
 
 
 def test_sixteen_concurrent_writers_make_sixteen_revisions(
     postgres: LocalPostgres, data_factory: str, db: Connection
 ) -> None:
-    sample_id = add_sample(db)
+    sample_id = add_sample(db, "a", None, None)
 
     def write(number: int) -> None:
         with psycopg.connect(postgres.dsn("labelstation", data_factory)) as connection:
