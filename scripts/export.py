@@ -287,7 +287,6 @@ def _plan(connection: Connection, output: Path, places: dict[str, Place], option
         """,
         {"limit": options.limit or sys.maxsize},
     ).fetchall()
-    connection.commit()
     folders = {action: count for action, count, _samples in rows}
     samples = {action: count for action, _folders, count in rows}.get("export", 0)
     return Plan(
@@ -338,7 +337,6 @@ def _withdraw(connection: Connection, output: Path, places: dict[str, Place]) ->
             """,
             [[row[0] for row in rows], [row[1] for row in rows], str(output)],
         )
-        connection.commit()
         for place in touched:
             place.clear()
 
@@ -353,7 +351,6 @@ def _withdrawn(connection: Connection, first: int, last: int) -> list[tuple[str,
         """,
         [first, last],
     ).fetchall()
-    connection.rollback()
     return [(name, sample_id) for name, sample_id in rows]
 
 
@@ -457,30 +454,28 @@ def _reviews(connection: Connection, first: int, last: int) -> list[Review]:
             """,
             [first, last],
         )
-        reviews = cursor.fetchall()
-    connection.rollback()
-    return reviews
+        return cursor.fetchall()
 
 
 def _record(connection: Connection, output: Path, built: Sequence[tuple[Review, str]], run: Run) -> None:
-    with connection.cursor().copy("COPY written FROM STDIN") as copy:
-        for review, entry in built:
-            copy.write_row((review.task_type, review.sample_id, review.revision_id, review.audio_file_md5, entry))
-    connection.execute(
-        """
-        INSERT INTO exports (destination, task_type, sample_id, revision_id, audio_file_md5, entry, run_id)
-        SELECT %s, task_type, sample_id, revision_id, audio_file_md5, entry, %s
-        FROM written
-        ON CONFLICT (destination, task_type, sample_id) DO UPDATE SET
-            revision_id = excluded.revision_id,
-            audio_file_md5 = excluded.audio_file_md5,
-            entry = excluded.entry,
-            exported_at = excluded.exported_at,
-            run_id = excluded.run_id
-        """,
-        [str(output), run.run_id],
-    )
-    connection.commit()
+    with connection.transaction():
+        with connection.cursor().copy("COPY written FROM STDIN") as copy:
+            for review, entry in built:
+                copy.write_row((review.task_type, review.sample_id, review.revision_id, review.audio_file_md5, entry))
+        connection.execute(
+            """
+            INSERT INTO exports (destination, task_type, sample_id, revision_id, audio_file_md5, entry, run_id)
+            SELECT %s, task_type, sample_id, revision_id, audio_file_md5, entry, %s
+            FROM written
+            ON CONFLICT (destination, task_type, sample_id) DO UPDATE SET
+                revision_id = excluded.revision_id,
+                audio_file_md5 = excluded.audio_file_md5,
+                entry = excluded.entry,
+                exported_at = excluded.exported_at,
+                run_id = excluded.run_id
+            """,
+            [str(output), run.run_id],
+        )
 
 
 def _try_to_build(raw: Path, places: dict[str, Place], review: Review) -> str | SampleError:

@@ -89,17 +89,18 @@ def write_manifest(connection: Connection, output: Path) -> bool:
             size_bytes += len(line)
             yield line
 
-    # Lines and totals must be of the same moment.
-    connection.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY")
     with writing_to(output):
-        lines_changed = replace_file(output / "manifest.jsonl", counted(_lines(connection, output)))
-        summary: dict[str, object] = {
+        with connection.transaction():
+            # Lines and totals must be of the same moment.
+            connection.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY")
+            changed = replace_file(output / "manifest.jsonl", counted(_lines(connection, output)))
+            totals = _totals(connection, output)
+        summary = {
             "schema_version": SCHEMA_VERSION,
-            **_totals(connection, output),
+            **totals,
             "manifest": {"file": "manifest.jsonl", "size_bytes": size_bytes, "sha256": digest.hexdigest()},
         }
-        connection.rollback()
-        return replace_file(output / "manifest.json", [json_document(summary)]) or lines_changed
+        return replace_file(output / "manifest.json", [json_document(summary)]) or changed
 
 
 def _lines(connection: Connection, output: Path) -> Iterator[bytes]:
