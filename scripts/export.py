@@ -7,15 +7,17 @@ import errno
 import fcntl
 import functools
 import hashlib
+import math
 import os
 import re
 import shutil
 import stat
 import sys
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
 from datetime import date, datetime
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -75,13 +77,12 @@ def parser() -> argparse.ArgumentParser:
 
 
 class Place:
-    """Where the folders of one task type lie, and beside them those that are being written or removed.
+    """Where the folders of one task type lie.
 
     Attributes:
         folder: holds the finished folders.
-        staging: what lies here belongs to a run that has not ended, or was killed.
-        new: folders before they are renamed into their place.
-        old: folders that lost their place.
+        staging: beside them those that are being written or removed; all in it belongs to a run that has not ended,
+            or was killed.
     """
 
     def __init__(self, task_type: TaskType, output: Path) -> None:
@@ -89,19 +90,23 @@ class Place:
         self.task_type = task_type
         self.folder = output / task_type.folder
         self.staging = self.folder / f"{UNFINISHED}export"
-        self.new = self.staging / "new"
-        self.old = self.staging / "old"
 
-    def clear(self) -> None:
+    def open(self) -> None:
+        """Begin with nothing unfinished."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.close()
+        self.staging.mkdir()
+
+    def close(self) -> None:
         """Remove what is unfinished."""
         if self.staging.exists():
             shutil.rmtree(self.staging)
 
-    def prepare(self) -> None:
-        """Make room for a batch."""
-        self.clear()
-        self.new.mkdir(parents=True)
-        self.old.mkdir()
+    def discard(self, sample_id: str) -> None:
+        """Remove a sample's folder that failed or has been replaced."""
+        unfinished = self.staging / sample_id
+        if unfinished.exists():
+            shutil.rmtree(unfinished)
 
 
 @dataclass(frozen=True)
@@ -194,15 +199,15 @@ def _export(
 ) -> dict[str, Any]:
     with writing_to(output):
         for place in places.values():
-            place.folder.mkdir(parents=True, exist_ok=True)
-            place.clear()
+            place.open()
         plan = _plan(connection, output, places, options)
         try:
             _withdraw(connection, output, places)
-            written = _write(connection, settings, output, places, plan.samples, options.limit, run)
+            limit = options.limit or sys.maxsize
+            written = Writer(connection, settings.raw_dir, output, places, plan, limit, run).write()
         finally:
             for place in places.values():
-                place.clear()
+                place.close()
     result = {**plan.result, **written}
     if not options.no_manifest:
         result["manifest"] = "written" if write_manifest(connection, output) else "unchanged"
@@ -319,15 +324,12 @@ def _withdraw(connection: Connection, output: Path, places: dict[str, Place]) ->
     position = 0
     while rows := _withdrawn(connection, position + 1, position + BATCH_SAMPLES):
         position += BATCH_SAMPLES
-        touched = [place for place in places.values() if any(name == place.task_type.name for name, _sample_id in rows)]
-        for place in touched:
-            place.prepare()
         for name, sample_id in rows:
             log.debug("withdrawing %s %s", name, sample_id)
             with contextlib.suppress(FileNotFoundError):
-                (places[name].folder / sample_id).rename(places[name].old / sample_id)
-        for place in touched:
-            flush_names(place.folder)
+                (places[name].folder / sample_id).rename(places[name].staging / sample_id)
+        for name in {name for name, _sample_id in rows}:
+            flush_names(places[name].folder)
         connection.execute(
             """
             DELETE FROM exports
@@ -337,8 +339,8 @@ def _withdraw(connection: Connection, output: Path, places: dict[str, Place]) ->
             """,
             [[row[0] for row in rows], [row[1] for row in rows], str(output)],
         )
-        for place in touched:
-            place.clear()
+        for name, sample_id in rows:
+            places[name].discard(sample_id)
 
 
 def _withdrawn(connection: Connection, first: int, last: int) -> list[tuple[str, str]]:
@@ -354,60 +356,106 @@ def _withdrawn(connection: Connection, first: int, last: int) -> list[tuple[str,
     return [(name, sample_id) for name, sample_id in rows]
 
 
-def _write(
-    connection: Connection,
-    settings: Settings,
-    output: Path,
-    places: dict[str, Place],
-    samples: int,
-    limit: int | None,
-    run: Run,
-) -> dict[str, Any]:
-    """Write batch after batch until all are written, or as many samples as the limit says.
+@dataclass(frozen=True)
+class Batch:
+    """Samples whose folders are being built by the pool's threads."""
 
-    A sample that fails does not count towards the limit: otherwise a few broken ones would stop all progress.
+    reviews: list[Review]
+    parts: list[Future[list[str | SampleError]]]
+
+    @property
+    def samples(self) -> int:
+        """How many samples it has; one may have a review of each task type."""
+        return len({review.position for review in self.reviews})
+
+
+@dataclass
+class Writer:
+    """Writes batch after batch until all are written, or as many samples as the limit says.
+
+    A sample that fails does not count towards the limit: otherwise a few broken ones would stop all progress. While
+    one batch is flushed, renamed and recorded, the next one is built.
     """
-    exported = failed = samples_written = position = 0
-    failures: list[str] = []
-    wanted = min(samples, limit or samples)
-    with (
-        Progress(console=Console(stderr=True), disable=not sys.stderr.isatty(), transient=True) as progress,
-        ThreadPoolExecutor(_THREADS) as pool,
-    ):
-        bar = progress.add_task("exporting", total=wanted)
-        while position < samples and samples_written < wanted:
-            size = min(BATCH_SAMPLES, wanted - samples_written)
-            reviews = _reviews(connection, position + 1, position + size)
-            position += size
-            if not settings.raw_dir.is_dir() and any(review.audio_path for review in reviews):
-                raise SettingError(f"RAW_DIR: there is no folder {settings.raw_dir.resolve()}: it holds the audio")
-            touched = [place for place in places.values() if any(r.task_type == place.task_type.name for r in reviews)]
-            for place in touched:
-                place.prepare()
-            build = functools.partial(_try_to_build, settings.raw_dir, places)
-            built: list[tuple[Review, str]] = []
-            for review, outcome in zip(reviews, pool.map(build, reviews), strict=True):
-                if isinstance(outcome, SampleError):
-                    failed += 1
-                    failures.append(f"{review.task_type} {review.external_id}: {outcome}")
-                    log.error("%s", failures[-1])
-                    del failures[_FAILURES_IN_RESULT:]
-                else:
-                    built.append((review, outcome))
-            flush_file_system(output)
-            for review, _entry in built:
-                log.debug("exporting %s %s", review.task_type, review.external_id)
-                place = places[review.task_type]
-                put_folder(place.new / review.sample_id, place.folder / review.sample_id, place.old / review.sample_id)
-            for place in touched:
-                flush_names(place.folder)
-            _record(connection, output, built, run)
-            for place in touched:
-                place.clear()
-            exported += len(built)
-            samples_written += len({review.position for review, _entry in built})
-            progress.update(bar, completed=samples_written)
-    return {"exported": exported, "failed": failed, "failures": failures, "left": max(0, samples - position)}
+
+    connection: Connection
+    raw: Path
+    output: Path
+    places: dict[str, Place]
+    plan: Plan
+    limit: int
+    run: Run
+    begun: int = 0
+    samples_written: int = 0
+    exported: int = 0
+    failed: int = 0
+    failures: list[str] = field(default_factory=list)
+
+    def write(self) -> dict[str, Any]:
+        """Do it all; returns what the plan could not know."""
+        console = Console(stderr=True)
+        with (
+            Progress(console=console, transient=True, disable=not console.is_terminal) as progress,
+            ThreadPoolExecutor(_THREADS) as pool,
+        ):
+            bar = progress.add_task("export", total=min(self.plan.samples, self.limit))
+            batch = self._begin(pool, 0)
+            while batch:
+                following = self._begin(pool, batch.samples)
+                self._finish(batch)
+                progress.update(bar, completed=self.samples_written)
+                batch = following or self._begin(pool, 0)
+        return {
+            "exported": self.exported,
+            "failed": self.failed,
+            "failures": self.failures,
+            "left": self.plan.samples - self.begun,
+        }
+
+    def _begin(self, pool: ThreadPoolExecutor, samples_under_way: int) -> Batch | None:
+        """Have the next batch built; None if there is none, or the limit may be reached without it."""
+        size = min(BATCH_SAMPLES, self.plan.samples - self.begun, self.limit - self.samples_written - samples_under_way)
+        if size <= 0:
+            return None
+        reviews = _reviews(self.connection, self.begun + 1, self.begun + size)
+        self.begun += size
+        if not self.raw.is_dir() and any(review.audio_path for review in reviews):
+            raise SettingError(f"RAW_DIR: there is no folder {self.raw.resolve()}: it holds the audio")
+        share = math.ceil(len(reviews) / _THREADS)
+        return Batch(
+            reviews,
+            [
+                pool.submit(_build_each, self.raw, self.places, reviews[start : start + share])
+                for start in range(0, len(reviews), share)
+            ],
+        )
+
+    def _finish(self, batch: Batch) -> None:
+        """Bring a batch into its place: the files first, then their rows, all in one transaction."""
+        built: list[tuple[Review, str]] = []
+        for review, outcome in zip(batch.reviews, chain.from_iterable(p.result() for p in batch.parts), strict=True):
+            if isinstance(outcome, str):
+                built.append((review, outcome))
+            else:
+                self._fail(review, outcome)
+        flush_file_system(self.output)
+        for review, _entry in built:
+            log.debug("exporting %s %s", review.task_type, review.external_id)
+            place = self.places[review.task_type]
+            put_folder(place.staging / review.sample_id, place.folder / review.sample_id)
+        for name in {review.task_type for review, _entry in built}:
+            flush_names(self.places[name].folder)
+        _record(self.connection, self.output, built, self.run)
+        for review in batch.reviews:
+            self.places[review.task_type].discard(review.sample_id)
+        self.exported += len(built)
+        self.samples_written += len({review.position for review, _entry in built})
+
+    def _fail(self, review: Review, error: SampleError) -> None:
+        failure = f"{review.task_type} {review.external_id}: {error}"
+        log.error("%s", failure)
+        self.failed += 1
+        if len(self.failures) < _FAILURES_IN_RESULT:
+            self.failures.append(failure)
 
 
 def _reviews(connection: Connection, first: int, last: int) -> list[Review]:
@@ -478,17 +526,21 @@ def _record(connection: Connection, output: Path, built: Sequence[tuple[Review, 
         )
 
 
-def _try_to_build(raw: Path, places: dict[str, Place], review: Review) -> str | SampleError:
-    try:
-        return _build(raw, places[review.task_type], review)
-    except SampleError as error:
-        return error
-    except ValueError as error:
-        return SampleError(f"cannot be written as JSON: {error}")
+def _build_each(raw: Path, places: dict[str, Place], reviews: Sequence[Review]) -> list[str | SampleError]:
+    """Build the folders of some reviews; for each its line in the manifest, or why it failed."""
+    outcomes: list[str | SampleError] = []
+    for review in reviews:
+        try:
+            outcomes.append(_build(raw, places[review.task_type], review))
+        except SampleError as error:
+            outcomes.append(error)
+        except ValueError as error:
+            outcomes.append(SampleError(f"cannot be written as JSON: {error}"))
+    return outcomes
 
 
 def _build(raw: Path, place: Place, review: Review) -> str:
-    """Write a sample's folder among the new ones.
+    """Write a sample's folder where no reader looks.
 
     Returns:
         the sample's line in the manifest, as JSON.
@@ -497,7 +549,7 @@ def _build(raw: Path, place: Place, review: Review) -> str:
         SampleError: the audio is not there, or not the one that was reviewed.
         ValueError: JSON cannot hold it.
     """
-    folder = place.new / review.sample_id
+    folder = place.staging / review.sample_id
     folder.mkdir()
     files: dict[str, int] = {}
     audio_file = None

@@ -129,12 +129,12 @@ def flush_names(folder: Path) -> None:
         os.close(descriptor)
 
 
-def put_folder(new: Path, place: Path, aside: Path) -> None:
-    """Rename a finished folder into its place; what was there goes to where the new one was, or to `aside`.
+def put_folder(new: Path, place: Path) -> None:
+    """Rename a finished folder into its place; what was there gets the new one's old name.
 
-    All three are on one file system. A reader sees the old folder or the new one. Only where the file system cannot
+    Both names are on one file system. A reader sees the old folder or the new one. Only where the file system cannot
     exchange two names (NFS, for one) is there an instant between two renames at which it sees neither; a process
-    killed then leaves the old folder in `aside`.
+    killed then leaves both folders beside the new one's old name.
     """
     try:
         new.rename(place)
@@ -144,8 +144,10 @@ def put_folder(new: Path, place: Path, aside: Path) -> None:
     else:
         return
     if not _exchange(new, place):
+        aside = new.with_name(f"{new.name}.old")
         place.rename(aside)
         new.rename(place)
+        aside.rename(new)
 
 
 def _exchange(left: Path, right: Path) -> bool:

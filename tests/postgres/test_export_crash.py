@@ -117,7 +117,7 @@ def test_killed_between_writing_a_folder_and_its_rename_no_reader_sees_it(
     for renamed in range(2):
         killed = export_killed_before(settings_file, output, ["os.rename"], renamed + 1)
         assert killed.returncode == -signal.SIGKILL, killed.stderr
-        unfinished = list((output / "transcript_verification").glob(".*/new/*/metadata.json"))
+        unfinished = list((output / "transcript_verification").glob(".*/*/metadata.json"))
         assert len(unfinished) == 2 - renamed
         assert len(whole_folders(output)) == renamed
         assert rows(reviews.db) == []
