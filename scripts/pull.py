@@ -739,7 +739,10 @@ def settle_tasks(pull: Pull, task_keys: str) -> None:
 
 
 def lock_samples(pull: Pull, task_keys: str) -> None:
-    """Samples with an open task are locked, the others are not."""
+    """Samples with a task that somebody can still do are locked, the others are not.
+
+    Label Studio offers a skipped task to the other annotators.
+    """
     pull.data_factory.execute(
         sql.SQL(
             """
@@ -748,7 +751,7 @@ def lock_samples(pull: Pull, task_keys: str) -> None:
                 locked_by = CASE WHEN o.is_open THEN 'label_studio' END,
                 locked_at = CASE WHEN o.is_open THEN clock_timestamp() END
             FROM (
-                SELECT t.sample_id, bool_or(every_task.state IN ('reserved', 'open')) AS is_open
+                SELECT t.sample_id, bool_or(every_task.state IN ('reserved', 'open', 'skipped')) AS is_open
                 FROM (SELECT DISTINCT sample_id FROM tasks WHERE task_key IN ({task_keys})) AS t
                 INNER JOIN tasks AS every_task USING (sample_id)
                 GROUP BY t.sample_id
