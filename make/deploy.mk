@@ -58,6 +58,12 @@ molecule: $(CONTROL)/.test $(VENV)/.local ## Deploy to a real Debian in systemd-
 	@PATH="$(CURDIR)/$(CONTROL)/bin:$$PATH" RELEASE=$(RELEASE) ANSIBLE_CONFIG=$(CURDIR)/ansible.cfg \
 		MOLECULE_GLOB='tests/molecule/*/molecule.yml' molecule test --scenario-name $(MOLECULE) $(ARGS)
 
+.PHONY: molecule-packages
+molecule-packages: ## Install the Debian packages that `make molecule` needs (root)
+	@apt-get -qq update
+	@DEBIAN_FRONTEND=noninteractive apt-get -qq install --yes --no-install-recommends -o DPkg::Lock::Timeout=600 \
+		mmdebstrap systemd-container slirp4netns debian-archive-keyring iproute2 openssh-client
+
 $(CONTROL)/.test: requirements/control_test.txt $(CONTROL)/.done
 	$(call install,$(CONTROL)/bin/python,requirements/control_test.txt)
 	@touch $@

@@ -17,7 +17,10 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from socketserver import StreamRequestHandler, ThreadingTCPServer
+from threading import Thread
 
 import requests
 
@@ -28,12 +31,16 @@ CHECKOUT = Path(__file__).resolve().parents[2]
 HOSTS = Path(os.environ.get("LABELSTATION_TEST_HOSTS", CHECKOUT / ".local/hosts"))
 EPHEMERAL = Path(os.environ["MOLECULE_EPHEMERAL_DIRECTORY"])
 PASSWORD = "only-for-this-test-1"
+# In tests/molecule/full/group_vars, encrypted.
+VAULTED = "vaulted-for-the-test-1"
 TASK_TYPE = "transcript_correction"
 # Exposure that systemd-analyze security may find; ours, then those that need more.
 OURS = 2.0
 EXPOSURE = {"label-studio.service": 1.2, "label-studio-init.service": 1.2, "nginx.service": 2.7}
 # What may listen, by the address and port of `ss`.
-LISTENERS = {"0.0.0.0:22", "[::]:22", "*:22", "0.0.0.0:8085", "127.0.0.1:8086"}
+LISTENERS = {"0.0.0.0:22", "[::]:22", "*:22", "0.0.0.0:8085", "0.0.0.0:8081", "127.0.0.1:8086"}
+# Where scenario `full` sends alerts to, on this machine.
+WEBHOOK_PORT, MAIL_PORT = 9925, 9926
 
 
 @dataclass
@@ -42,6 +49,18 @@ class Station:
 
     name: str
     address: str
+
+    @property
+    def full(self) -> bool:
+        """Whether every option is on."""
+        return self.address.startswith("https:")
+
+    def trust(self) -> None:
+        """Let requests believe the station's own certificate."""
+        if self.full:
+            place = EPHEMERAL / "station.crt"
+            place.write_text(self.run("cat /etc/nginx/tls/*.crt"))
+            os.environ["REQUESTS_CA_BUNDLE"] = str(place)
 
     def run(self, command: str, *, given: bytes = b"", ok: tuple[int, ...] = (0,)) -> str:
         """Run a shell command there as root; its stdout."""
@@ -62,7 +81,8 @@ class Station:
 
     def secrets(self) -> list[str]:
         """All of them."""
-        return [self.secret(path.name) for path in sorted((EPHEMERAL / "secrets").iterdir()) if path.suffix == ""]
+        made = [path.name for path in sorted((EPHEMERAL / "secrets").iterdir()) if path.suffix == ""]
+        return [self.secret(name) for name in made] + [VAULTED]
 
 
 def quoted(text: str) -> str:
@@ -113,6 +133,8 @@ def verify(station: Station) -> None:
         station.run("labelstation export")
         found = station.run("find /srv/labelstation/reviewed/transcript_verification -name transcript.json")
         assert found.strip(), "nothing was exported"
+    if station.full:
+        look_at_options(station)
     look_for_openings(station)
     look_for_secrets(station)
     with step("no unit has failed"):
@@ -170,6 +192,43 @@ def done_count(station: Station) -> int:
     return int(status["task_types"][TASK_TYPE]["done"])
 
 
+def look_at_options(station: Station) -> None:
+    """What only scenario `full` has."""
+    host = station.address.removeprefix("https://").partition(":")[0]
+    with step("TLS with HSTS; a plain request is sent on"):
+        assert (
+            "max-age" in requests.get(f"{station.address}/user/login/", timeout=30).headers["Strict-Transport-Security"]
+        )
+        plain = requests.get(f"http://{host}:8085/user/login/", timeout=30, allow_redirects=False)
+        assert (plain.status_code, plain.headers["Location"]) == (308, f"{station.address}/user/login/")
+    with step("the firewall lets the web port in and the second origin not"):
+        try:
+            requests.get(f"https://{host}:8081/audio/x.wav", timeout=3)
+        except requests.ConnectionError:
+            pass
+        else:
+            raise AssertionError("port 8081 can be reached")
+    with step("the second origin serves ranges with CORS on the station itself"):
+        said = station.run(
+            "python3 -c 'import os, ssl, urllib.request as u; "
+            'name = sorted(os.listdir("/srv/labelstation/raw/audio"))[0]; '
+            'r = u.Request("https://127.0.0.1:8081/audio/" + name, headers={"Range": "bytes=0-9", "Origin": "x"}); '
+            "a = u.urlopen(r, context=ssl._create_unverified_context()); "
+            'print(a.status, a.headers["Access-Control-Allow-Origin"], a.headers["Vary"])\''
+        )
+        assert said.split() == ["206", station.address, "Origin"], said
+    with step("a webhook may go to the receiver and to no other private address"):
+        admin = Annotator.with_token(station.address, station.secret("label_studio_api_token"))
+        for receiver, allowed in (("127.0.0.9", True), ("127.0.0.1", False), ("10.0.0.1", False)):
+            try:
+                made = admin.call("POST", "/api/webhooks/", {"project": 1, "url": f"http://{receiver}:8000/webhook"})
+            except requests.HTTPError as error:
+                assert not allowed, error
+            else:
+                admin.call("DELETE", f"/api/webhooks/{made['id']}/")
+                assert allowed, receiver
+
+
 def look_for_openings(station: Station) -> None:
     """Ports, and how far each unit could reach if it were taken over."""
     with step("nothing listens that should not"):
@@ -200,10 +259,64 @@ def look_for_secrets(station: Station) -> None:
         assert found.split() == ["0", "0"], found
 
 
+class Receiver:
+    """What scenario `full` sends alerts to: a webhook, a health-check service and a mail server."""
+
+    def __init__(self, address: str) -> None:
+        """Listen; what comes is kept."""
+        self.posts: list[str] = []
+        self.pings: list[str] = []
+        self.mails: list[str] = []
+        receiver = self
+
+        class Web(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                receiver.posts.append(body["subject"])
+                self.send_response(204)
+                self.end_headers()
+
+            def do_GET(self) -> None:
+                receiver.pings.append(self.path)
+                self.send_response(204)
+                self.end_headers()
+
+            def log_message(self, *_arguments: object) -> None:
+                pass
+
+        class Mail(StreamRequestHandler):
+            def handle(self) -> None:
+                self.wfile.write(b"220 test\r\n")
+                while command := self.rfile.readline().strip().upper():
+                    if command == b"DATA":
+                        self.wfile.write(b"354 go on\r\n")
+                        lines = iter(self.rfile.readline, b".\r\n")
+                        receiver.mails += [line.decode() for line in lines if line.startswith(b"Subject: ")]
+                    self.wfile.write(b"221 bye\r\n" if command == b"QUIT" else b"250 yes\r\n")
+                    if command == b"QUIT":
+                        return
+
+        for server in (
+            ThreadingHTTPServer((address, WEBHOOK_PORT), Web),
+            ThreadingTCPServer((address, MAIL_PORT), Mail),
+        ):
+            Thread(target=server.serve_forever, daemon=True).start()
+
+
 def side_effect(station: Station) -> None:
     """What happens to stations."""
+    receiver = None
+    if station.full:
+        host = json.loads((HOSTS / station.name / "host.json").read_text())
+        receiver = Receiver(re.sub(r"\.2$", ".1", host["address"]))
     for unit in ("postgresql@*", "label-studio", "nginx"):
         stop_and_start(station, unit)
+    if receiver:
+        with step("each alert came by webhook and by mail, once; the health-check service was asked"):
+            ends = ["fails", "works again"] * 3
+            assert [post.partition(f"{station.name} ")[2] for post in receiver.posts] == ends, receiver.posts
+            assert [mail.partition(f"{station.name} ")[2].strip() for mail in receiver.mails] == ends, receiver.mails
+            assert {"/ping", "/ping/fail"} <= set(receiver.pings), receiver.pings
     with step("after a reboot all is back"):
         before = station.run("systemctl show --property=UserspaceTimestamp")
         station.run("systemctl --no-block reboot", ok=(0, 255))
@@ -285,7 +398,11 @@ def wrong_settings() -> None:
 def rotate(station: Station) -> None:
     """New secrets take effect, the old ones stop working, and no secret is in the output."""
     old = station.secrets()
-    for name in ("label_studio_api_token", "label_studio_admin_password"):
+    old_token = station.secret("label_studio_api_token")
+    # The vaulted password of scenario `full` is not made, so it is not made anew.
+    for name in (
+        ("label_studio_api_token",) if station.full else ("label_studio_api_token", "label_studio_admin_password")
+    ):
         place = EPHEMERAL / "secrets" / name
         place.rename(place.with_suffix(".old"))
     with step("a deployment with a new token and a new password"):
@@ -296,12 +413,13 @@ def rotate(station: Station) -> None:
             assert secret not in output, "a secret is in the playbook's output"
     with step("the old token is dead, the new one works, the new password logs in"):
         assert station.secrets() != old
-        for token, status in ((old[1], 401), (station.secret("label_studio_api_token"), 200)):
+        for token, status in ((old_token, 401), (station.secret("label_studio_api_token"), 200)):
             answer = requests.get(
                 f"{station.address}/api/current-user/whoami", headers={"Authorization": f"Token {token}"}, timeout=30
             )
             assert answer.status_code == status, answer.status_code
-        Annotator(station.address).log_in("admin@example.org", station.secret("label_studio_admin_password"))
+        password = VAULTED if station.full else station.secret("label_studio_admin_password")
+        Annotator(station.address).log_in("admin@example.org", password)
         wait_until("doctor", lambda: healthy(station), 60)
 
 
@@ -313,6 +431,7 @@ def main() -> int:
     arguments = parser.parse_args()
     station = Station(arguments.host, os.environ["STATION_ADDRESS"])
     try:
+        station.trust()
         (verify if arguments.verb == "verify" else side_effect)(station)
     except Exception as error:
         print(f"FAILED: {type(error).__name__}: {error}")
