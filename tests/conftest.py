@@ -49,9 +49,11 @@ def copied_database(postgres: LocalPostgres, template: str, name: str) -> Iterat
         create = sql.SQL("CREATE DATABASE {} TEMPLATE {} OWNER labelstation_owner")
         admin.execute(create.format(sql.Identifier(name), sql.Identifier(template)))
         admin.execute(sql.SQL("GRANT CONNECT ON DATABASE {} TO labelstation").format(sql.Identifier(name)))
-    yield name
-    with psycopg.connect(postgres.dsn("postgres", "postgres"), autocommit=True) as admin:
-        admin.execute(sql.SQL("DROP DATABASE {} WITH (FORCE)").format(sql.Identifier(name)))
+    try:
+        yield name
+    finally:
+        with psycopg.connect(postgres.dsn("postgres", "postgres"), autocommit=True) as admin:
+            admin.execute(sql.SQL("DROP DATABASE {} WITH (FORCE)").format(sql.Identifier(name)))
 
 
 @pytest.fixture
