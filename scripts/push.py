@@ -416,13 +416,13 @@ def record_found(push: Push, keys: Sequence[UUID]) -> None:
     (began_at,) = push.label_studio_db.execute("SELECT clock_timestamp()").fetchone() or (None,)
     while True:
         # Whether requests are at work is asked before the tasks are: one that ends in between is seen. Label Studio
-        # opens a connection for each request; one that idles for long is somebody's who looks around.
+        # opens a connection for each request, as its tables' owner; one that idles for long is somebody's.
         (working,) = push.label_studio_db.execute(
             """
             SELECT EXISTS (
                 SELECT FROM pg_stat_activity
-                WHERE datname = current_database() AND usename <> current_user
-                    AND backend_type = 'client backend' AND backend_start < %s
+                WHERE datname = current_database() AND backend_start < %s
+                    AND usesysid = (SELECT relowner FROM pg_class WHERE oid = 'task'::regclass)
                     AND (state <> 'idle' OR state_change > clock_timestamp() - make_interval(secs => %s))
             )
             """,

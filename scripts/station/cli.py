@@ -35,9 +35,7 @@ class _ConsoleFormatter(logging.Formatter):
 
 def parser(description: str) -> argparse.ArgumentParser:
     """A parser with the options that every script has."""
-    result = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    result = argparse.ArgumentParser(description=description, allow_abbrev=False)
     result.add_argument("-v", "--verbose", action="store_true", help="say more on stderr")
     result.add_argument("--json", action="store_true", help="print the result as JSON")
     result.add_argument(
@@ -69,7 +67,8 @@ def add_dry_run(options: argparse.ArgumentParser) -> None:
 def positive(value: str) -> int:
     """An argument that must be a whole number above zero."""
     number = int(value) if value.isascii() and value.isdigit() else 0
-    if number < 1:
+    # PostgreSQL counts with 64 bits.
+    if not 0 < number < 2**63:
         raise argparse.ArgumentTypeError(f"{value!r} is not a whole number above 0")
     return number
 

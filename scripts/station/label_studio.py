@@ -91,7 +91,9 @@ class LabelStudio:
             )
         if answer.status_code >= requests.codes.server_error:
             # Perhaps a proxy that waited in vain, or a failure after the tasks were made.
-            raise NoAnswerError(f"Label Studio at {self.address} failed with {answer.status_code} on {method} {path}")
+            raise NoAnswerError(
+                f"Label Studio at {self.address} failed with {answer.status_code} on {method} {path}: its log says why"
+            )
         if answer.is_redirect:
             raise SettingError(
                 f"LABEL_STUDIO_URL: {self.address}{path} redirects to {answer.headers['Location']}: name the address "
@@ -132,7 +134,8 @@ class LabelStudio:
             raise self._unreachable(error) from None
         except requests.ReadTimeout:
             raise NoAnswerError(
-                f"Label Studio at {self.address} did not answer {method} {path} within {self._timeout[1]:.0f} s"
+                f"Label Studio at {self.address} did not answer {method} {path} within {self._timeout[1]:g} s: "
+                "is it overloaded, or LABEL_STUDIO_TIMEOUT_SECONDS too short?"
             ) from None
         except requests.exceptions.SSLError as error:
             raise SettingError(f"LABEL_STUDIO_URL: no secure connection to {self.address}: {error}") from None
@@ -140,11 +143,11 @@ class LabelStudio:
             if "NewConnectionError" in repr(error) or "NameResolutionError" in repr(error):
                 raise self._unreachable(error) from None
             raise NoAnswerError(
-                f"the connection to Label Studio at {self.address} broke during {method} {path}"
+                f"the connection to Label Studio at {self.address} broke during {method} {path}: is it running?"
             ) from None
         except (requests.exceptions.ChunkedEncodingError, requests.exceptions.ContentDecodingError):
             raise NoAnswerError(
-                f"the connection to Label Studio at {self.address} broke during {method} {path}"
+                f"the connection to Label Studio at {self.address} broke during {method} {path}: is it running?"
             ) from None
         except (requests.exceptions.InvalidURL, requests.exceptions.InvalidSchema) as error:
             raise SettingError(f"LABEL_STUDIO_URL: {self.address}: {error}") from None
@@ -156,7 +159,10 @@ class LabelStudio:
     def _renew_access(self) -> None:
         answer = self._send("POST", "/api/token/refresh", {"refresh": self._token}, None)
         if answer.status_code >= requests.codes.server_error:
-            raise UnavailableError(f"Label Studio at {self.address} failed with {answer.status_code}")
+            raise UnavailableError(
+                f"Label Studio at {self.address} failed with {answer.status_code} on the renewal of the access token: "
+                "its log says why"
+            )
         try:
             access = answer.json()["access"]
             expires = _payload(access)["exp"] - _payload(access)["iat"]

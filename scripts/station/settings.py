@@ -32,13 +32,16 @@ def _secret(value: str) -> str:
 
 def _dsn(value: str) -> str:
     try:
-        psycopg.conninfo.conninfo_to_dict(value)
+        ports = str(psycopg.conninfo.conninfo_to_dict(value).get("port", "")).split(",")
+        usable = all(port.isdigit() for port in ports if port)
     except psycopg.ProgrammingError:
-        # libpq would quote the part that it stumbles over, perhaps of the password.
+        usable = False
+    if not usable:
+        # What libpq says would quote the part that it stumbles over, which may be of the password.
         raise ValueError(
             "is not a PostgreSQL connection string such as host=localhost dbname=data_factory user=labelstation "
             "(in a URL, special characters of the password are written as %XX)"
-        ) from None
+        )
     return value
 
 
@@ -72,10 +75,13 @@ class Settings(BaseModel):
 
     @model_validator(mode="after")
     def _one_project_each(self) -> Self:
-        projects = [self.ls_project_transcript, self.ls_project_translation, self.ls_project_segmentation]
-        given = [project for project in projects if project is not None]
-        if len(set(given)) < len(given):
-            raise ValueError("two of the settings LS_PROJECT_… name the same project")
+        taken: dict[int, str] = {}
+        for name in ("ls_project_transcript", "ls_project_translation", "ls_project_segmentation"):
+            project = getattr(self, name)
+            if project in taken:
+                raise ValueError(f"{taken[project]} and {name.upper()} name the same project: give each its own")
+            if project is not None:
+                taken[project] = name.upper()
         return self
 
     def require(self, name: str) -> str:
