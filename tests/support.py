@@ -30,6 +30,25 @@ def run_script(name: str, *arguments: str, env_file: Path, **environment: str) -
     )
 
 
+def start_script(name: str, *arguments: str, env_file: Path, **environment: str) -> subprocess.Popen[str]:
+    """Start a script and go on."""
+    return subprocess.Popen(
+        [sys.executable, str(PROJECT / "scripts" / f"{name}.py"), "--env-file", str(env_file), *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=env_file.parent,
+        env={"PATH": os.environ["PATH"], **environment},
+    )
+
+
+def finish(running: subprocess.Popen[str], expect: int = 0) -> tuple[str, str]:
+    """Wait for a script that was started; returns its stdout and stderr."""
+    output, errors = running.communicate(timeout=120)
+    assert running.returncode == expect, f"{running.returncode}\n{output}\n{errors}"
+    return output, errors
+
+
 def write_settings(file: Path, **settings: str) -> Path:
     file.write_text("".join(f"{name}='{value}'\n" for name, value in settings.items()))
     return file
