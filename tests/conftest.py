@@ -36,8 +36,16 @@ def schema_template(postgres: LocalPostgres, tmp_path_factory: pytest.TempPathFa
     return "data_factory"
 
 
+@pytest.fixture
+def data_factory(postgres: LocalPostgres, schema_template: str, request: pytest.FixtureRequest) -> Iterator[str]:
+    """Name of a data_factory database that only this test uses."""
+    with copied_database(postgres, schema_template, f"test_{abs(hash(request.node.nodeid)):x}") as name:
+        yield name
+
+
 @contextmanager
-def database_copy(postgres: LocalPostgres, template: str, name: str) -> Iterator[str]:
+def copied_database(postgres: LocalPostgres, template: str, name: str) -> Iterator[str]:
+    """A copy of a database that goes away at the end."""
     with psycopg.connect(postgres.dsn("postgres", "postgres"), autocommit=True) as admin:
         create = sql.SQL("CREATE DATABASE {} TEMPLATE {} OWNER labelstation_owner")
         admin.execute(create.format(sql.Identifier(name), sql.Identifier(template)))
@@ -47,13 +55,6 @@ def database_copy(postgres: LocalPostgres, template: str, name: str) -> Iterator
     finally:
         with psycopg.connect(postgres.dsn("postgres", "postgres"), autocommit=True) as admin:
             admin.execute(sql.SQL("DROP DATABASE {} WITH (FORCE)").format(sql.Identifier(name)))
-
-
-@pytest.fixture
-def data_factory(postgres: LocalPostgres, schema_template: str, request: pytest.FixtureRequest) -> Iterator[str]:
-    """Name of a data_factory database that only this test uses."""
-    with database_copy(postgres, schema_template, f"test_{abs(hash(request.node.nodeid)):x}") as name:
-        yield name
 
 
 @pytest.fixture
@@ -192,7 +193,7 @@ def shared_station(
     """One station for all tests of a file, which empty it as they need; making one takes seconds."""
     folder = tmp_path_factory.mktemp("station")
     with (
-        database_copy(postgres, schema_template, f"test_{abs(hash(request.node.nodeid)):x}") as data_factory,
+        copied_database(postgres, schema_template, f"test_{abs(hash(request.node.nodeid)):x}") as data_factory,
         new_station(postgres, running_label_studio, data_factory, folder) as result,
     ):
         yield result

@@ -5,6 +5,8 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,8 +32,8 @@ def run_script(name: str, *arguments: str, env_file: Path, **environment: str) -
     )
 
 
-def start_script(name: str, *arguments: str, env_file: Path, **environment: str) -> subprocess.Popen[str]:
-    """Start a script and go on."""
+def launch_script(name: str, *arguments: str, env_file: Path, **environment: str) -> subprocess.Popen[str]:
+    """Start one of the scripts and go on; `finish` waits for it."""
     return subprocess.Popen(
         [sys.executable, str(PROJECT / "scripts" / f"{name}.py"), "--env-file", str(env_file), *arguments],
         stdout=subprocess.PIPE,
@@ -43,10 +45,20 @@ def start_script(name: str, *arguments: str, env_file: Path, **environment: str)
 
 
 def finish(running: subprocess.Popen[str], expect: int = 0) -> tuple[str, str]:
-    """Wait for a script that was started; returns its stdout and stderr."""
+    """Wait for a script that was launched; returns its stdout and stderr."""
     output, errors = running.communicate(timeout=120)
     assert running.returncode == expect, f"{running.returncode}\n{output}\n{errors}"
     return output, errors
+
+
+@contextmanager
+def start_script(name: str, *arguments: str, env_file: Path) -> Iterator[subprocess.Popen[str]]:
+    """Start one of the scripts and go on; it is killed at the end if it still runs."""
+    with launch_script(name, *arguments, env_file=env_file) as running:
+        try:
+            yield running
+        finally:
+            running.kill()
 
 
 def write_settings(file: Path, **settings: str) -> Path:

@@ -12,7 +12,7 @@ from pathlib import Path
 import psycopg
 import pytest
 
-from conftest import Station, database_copy
+from conftest import Station, copied_database
 from station import cli, contract
 from station.local_services import LocalPostgres, free_port
 from support import write_settings
@@ -128,7 +128,7 @@ def test_a_missing_setting_is_named(call: Call, station_settings: dict[str, str]
 def test_a_task_type_without_a_project(
     call: Call, postgres: LocalPostgres, schema_template: str, station_settings: dict[str, str], tmp_path: Path
 ) -> None:
-    with database_copy(postgres, schema_template, "no_projects") as name:
+    with copied_database(postgres, schema_template, "no_projects") as name:
         dsn = postgres.dsn("labelstation", name)
         write_settings(tmp_path / ".env", **{**station_settings, "DATA_FACTORY_DSN": dsn})
         fragment = "has no Label Studio project: run `make setup-projects` or set LS_PROJECT_TRANSCRIPT"
@@ -261,7 +261,7 @@ def test_a_label_studio_that_breaks_the_contract(
     fragment: str,
 ) -> None:
     with (
-        database_copy(postgres, label_studio_copy, "breaks_contract"),
+        copied_database(postgres, label_studio_copy, "breaks_contract"),
         psycopg.connect(postgres.dsn("postgres", "breaks_contract"), autocommit=True) as admin,
     ):
         admin.execute(change)

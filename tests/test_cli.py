@@ -14,7 +14,7 @@ import pytest
 
 from faulty_proxy import eventually
 from station.local_services import PROJECT, LocalPostgres
-from support import finish, run_script, start_script, write_settings
+from support import finish, launch_script, run_script, write_settings
 
 SCRIPTS = sorted(file.stem for file in (PROJECT / "scripts").glob("*.py"))
 
@@ -47,7 +47,7 @@ def test_a_signal_ends_a_script_with_its_code(
 ) -> None:
     with psycopg.connect(postgres.dsn("labelstation_owner", data_factory), autocommit=True) as somebody:
         somebody.execute("SELECT pg_advisory_lock(hashtextextended('labelstation migrate', 0))")
-        running = start_script("migrate", env_file=settings_file)
+        running = launch_script("migrate", env_file=settings_file)
         waits = "SELECT count(*) FROM pg_stat_activity WHERE wait_event = 'advisory' AND datname = current_database()"
         eventually(lambda: somebody.execute(waits).fetchone() == (1,), "the script waits")
         running.send_signal(number)
@@ -70,7 +70,7 @@ def test_the_result_for_machines_is_one_document_and_nothing_else(settings_file:
 
 
 def test_a_reader_who_leaves_early_is_no_error(settings_file: Path) -> None:
-    running = start_script("migrate", env_file=settings_file)
+    running = launch_script("migrate", env_file=settings_file)
     assert running.stdout is not None
     running.stdout.close()
     running.stdout = None

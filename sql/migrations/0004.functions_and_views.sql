@@ -150,7 +150,7 @@ BEGIN
     ORDER BY kind, version DESC;
 
     INSERT INTO sample_changes (sample_id, sync_version, kind, content_hash, dvc_revision, source)
-    SELECT copy_id, 1, kind::text::change_kind, md5(text), original.dvc_commit_hash, 'resolution'
+    SELECT copy_id, 1, kind::text::change_kind, md5(text), original.dvc_commit_hash, 'resolution'::change_source
     FROM revisions
     WHERE sample_id = copy_id
     UNION ALL

@@ -9,10 +9,10 @@ import psycopg
 import pytest
 
 from conftest import RunningLabelStudio, Station
-from faulty_proxy import Exchange, Held, eventually, faulty_proxy, never_carried_out
+from faulty_proxy import Answer, Exchange, Held, eventually, faulty_proxy, never_carried_out
 from station.label_studio import LabelStudio
 from station.settings import Settings
-from support import Annotator, Connection, add_sample, change_audio, change_text, finish, start_script, text_result
+from support import Annotator, Connection, add_sample, change_audio, change_text, finish, launch_script, text_result
 
 TRANSCRIPT = "transcript_correction"
 TRANSLATION = "translation_review"
@@ -184,7 +184,7 @@ def test_the_ledger_notes_what_is_shown_also_when_a_text_changes_at_that_moment(
     with psycopg.connect(station.db.info.dsn, autocommit=True) as crawler:
         with crawler.transaction():
             change_text(crawler, changing, "transcript", "two")
-            running = start_script("push", "--task-type", TRANSCRIPT, env_file=station.env_file)
+            running = launch_script("push", "--task-type", TRANSCRIPT, env_file=station.env_file)
             eventually(
                 lambda: (
                     station.db.execute(
@@ -217,6 +217,37 @@ def test_the_ledger_notes_what_is_shown_also_when_a_text_changes_at_that_moment(
         assert row == (True, text, True, "hello everyone", row[4])
         assert data["text"] == text
         assert data["audio"].endswith(row[4])
+
+
+def noted_text(station: Station, sample_id: str) -> str:
+    """The transcript that the ledger says is shown."""
+    row = station.db.execute(
+        """
+        SELECT r.text
+        FROM task_showings AS shown
+        INNER JOIN tasks AS t USING (task_key)
+        INNER JOIN transcript_revisions AS r
+            ON r.sample_id = t.sample_id AND r.version = shown.transcript_version
+        WHERE t.sample_id = %s
+        ORDER BY shown.shown_since DESC LIMIT 1
+        """,
+        [sample_id],
+    ).fetchone()
+    assert row is not None
+    return str(row[0])
+
+
+def test_a_text_that_changes_while_tasks_are_sent_is_shown_as_it_is_noted(station: Station) -> None:
+    sample_id = add_sample(station.db, "a", "one")
+
+    def change_and_break(exchange: Exchange) -> Answer | None:
+        change_text(station.db, sample_id, "transcript", "two")
+        return never_carried_out(exchange)
+
+    with faulty_proxy(station.address) as proxy:
+        proxy.fates = [change_and_break]
+        push(station, LABEL_STUDIO_URL=proxy.address)
+    assert data_of(station, sample_id)["text"] == noted_text(station, sample_id) == "one"
 
 
 def test_audio_addresses_are_those_of_the_audio_server(station: Station) -> None:
@@ -280,14 +311,17 @@ def test_one_task_that_label_studio_refuses_does_not_stop_the_rest(station: Stat
     assert push(station)["pushed"] == 1
 
 
-def test_a_sample_removed_before_its_task_was_made_gets_none(station: Station) -> None:
-    kept, removed = add_sample(station.db, "kept"), add_sample(station.db, "removed")
+def test_an_interrupted_push_is_finished_with_what_is_true_then(station: Station) -> None:
+    removed, changed = add_sample(station.db, "removed"), add_sample(station.db, "changed", "one")
     with faulty_proxy(station.address) as proxy:
         proxy.fates = [never_carried_out, never_carried_out]
         push(station, expect=75, LABEL_STUDIO_URL=proxy.address)
     station.db.execute("UPDATE samples SET removed_at = now() WHERE sample_id = %s", [removed])
+    change_text(station.db, changed, "transcript", "two")
+    assert push(station, "--dry-run")["would_recover"] == 2
     assert push(station)["recovered"] == 1
-    assert set(station.tasks()) == {kept}
+    assert set(station.tasks()) == {changed}
+    assert data_of(station, changed)["text"] == noted_text(station, changed) == "two"
     assert station.db.execute("SELECT external_id FROM samples WHERE locked_by IS NULL").fetchall() == [("removed",)]
 
 
@@ -349,7 +383,7 @@ def test_a_pull_that_is_faster_than_the_push_keeps_its_result(station: Station) 
     held = Held(carried_out_first=True)
     with faulty_proxy(station.address) as proxy:
         proxy.fates = [held]
-        running = start_script(
+        running = launch_script(
             "push", "--task-type", TRANSCRIPT, env_file=station.env_file, LABEL_STUDIO_URL=proxy.address
         )
         assert held.arrived.wait(60)

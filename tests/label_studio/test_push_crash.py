@@ -22,7 +22,7 @@ from faulty_proxy import (
     gateway_timeout,
     never_carried_out,
 )
-from support import finish, start_script, text_result
+from support import finish, launch_script, text_result
 
 TRANSCRIPT = "transcript_correction"
 CORRECTED = text_result("corrected_transcript", "sửa rồi")
@@ -45,7 +45,7 @@ def push(station: Station, *arguments: str, expect: int = 0, **environment: str)
 
 
 def start_push(station: Station, *arguments: str, task_type: str = TRANSCRIPT, **env: str) -> subprocess.Popen[str]:
-    return start_script("push", "--json", "--task-type", task_type, *arguments, env_file=station.env_file, **env)
+    return launch_script("push", "--json", "--task-type", task_type, *arguments, env_file=station.env_file, **env)
 
 
 def kill(running: subprocess.Popen[str], station: Station) -> None:
