@@ -32,18 +32,29 @@ def run_script(name: str, *arguments: str, env_file: Path, **environment: str) -
     )
 
 
-@contextmanager
-def start_script(name: str, *arguments: str, env_file: Path) -> Iterator[subprocess.Popen[str]]:
-    """Start one of the scripts and go on; it is killed at the end if it still runs."""
-    running = subprocess.Popen(
+def launch_script(name: str, *arguments: str, env_file: Path, **environment: str) -> subprocess.Popen[str]:
+    """Start one of the scripts and go on; `finish` waits for it."""
+    return subprocess.Popen(
         [sys.executable, str(PROJECT / "scripts" / f"{name}.py"), "--env-file", str(env_file), *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         cwd=env_file.parent,
-        env={"PATH": os.environ["PATH"]},
+        env={"PATH": os.environ["PATH"], **environment},
     )
-    with running:
+
+
+def finish(running: subprocess.Popen[str], expect: int = 0) -> tuple[str, str]:
+    """Wait for a script that was launched; returns its stdout and stderr."""
+    output, errors = running.communicate(timeout=120)
+    assert running.returncode == expect, f"{running.returncode}\n{output}\n{errors}"
+    return output, errors
+
+
+@contextmanager
+def start_script(name: str, *arguments: str, env_file: Path) -> Iterator[subprocess.Popen[str]]:
+    """Start one of the scripts and go on; it is killed at the end if it still runs."""
+    with launch_script(name, *arguments, env_file=env_file) as running:
         try:
             yield running
         finally:
