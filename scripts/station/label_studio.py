@@ -49,6 +49,8 @@ class LabelStudio:
         self._token = settings.require("label_studio_api_key")
         self._timeout = (_CONNECT_SECONDS, settings.label_studio_timeout_seconds)
         self._session = requests.Session()
+        # gunicorn drops idle connections after two seconds: the next request on one breaks, though nothing is wrong.
+        self._session.headers["Connection"] = "close"
         self._access_expires = 0.0
         if not _is_personal_access_token(self._token):
             self._session.headers["Authorization"] = f"Token {self._token}"
