@@ -583,14 +583,14 @@ def _look_up(
         "ids": "\n".join(line.external_id or "" for line in named.values()),
         "numbers": "\n".join(map(str, named)),
     }
+    added = connection.execute(_NOTE_SEEN, names).rowcount
     repeated = set()
+    if added < len(named):
+        for number, first in connection.execute(_FIND_REPEATED, names):
+            repeated.add(number)
+            if named[number].line is not None:
+                rejections.add(number, f"id: repeats that of line {first}", named[number].external_id)
     with connection.transaction():
-        added = connection.execute(_NOTE_SEEN, names).rowcount
-        if added < len(named):
-            for number, first in connection.execute(_FIND_REPEATED, names):
-                repeated.add(number)
-                if named[number].line is not None:
-                    rejections.add(number, f"id: repeats that of line {first}", named[number].external_id)
         # The cost must follow the lines, not the corpus.
         connection.execute("SET LOCAL enable_seqscan = off")
         found = connection.execute(_FIND_KNOWN, names)
@@ -904,6 +904,7 @@ def apply_batch(connection: Connection, batch: list[Row], origin: Origin, *, dry
         how many samples were added, changed, returned or unchanged; of those that were there already, how many got
         new audio, transcript, translation, or metadata only.
     """
+    values = {"git": origin.git_revision, "dvc": origin.dvc_revision, "run": origin.run_id}
     with connection.transaction(force_rollback=dry_run), connection.cursor() as cursor:
         with cursor.copy(_COPY) as copy:
             for row in batch:
@@ -912,7 +913,6 @@ def apply_batch(connection: Connection, batch: list[Row], origin: Origin, *, dry
         cursor.execute("SELECT outcome, kinds::text[], count(*) FROM delivery GROUP BY outcome, kinds")
         counts = _counts_of(cursor.fetchall())
         if not dry_run:
-            values = {"git": origin.git_revision, "dvc": origin.dvc_revision, "run": origin.run_id}
             for statement in (_ADD_SAMPLES, _UPDATE_SAMPLES, _ADD_CHANGES, _ADD_REVISIONS):
                 cursor.execute(statement, values)
     return counts

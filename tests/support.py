@@ -32,18 +32,29 @@ def run_script(name: str, *arguments: str, env_file: Path, **environment: str) -
     )
 
 
-@contextmanager
-def start_script(name: str, *arguments: str, env_file: Path) -> Iterator[subprocess.Popen[str]]:
-    """Start one of the scripts and go on; it is killed at the end if it still runs."""
-    running = subprocess.Popen(
+def launch_script(name: str, *arguments: str, env_file: Path, **environment: str) -> subprocess.Popen[str]:
+    """Start one of the scripts and go on; `finish` waits for it."""
+    return subprocess.Popen(
         [sys.executable, str(PROJECT / "scripts" / f"{name}.py"), "--env-file", str(env_file), *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         cwd=env_file.parent,
-        env={"PATH": os.environ["PATH"]},
+        env={"PATH": os.environ["PATH"], **environment},
     )
-    with running:
+
+
+def finish(running: subprocess.Popen[str], expect: int = 0) -> tuple[str, str]:
+    """Wait for a script that was launched; returns its stdout and stderr."""
+    output, errors = running.communicate(timeout=120)
+    assert running.returncode == expect, f"{running.returncode}\n{output}\n{errors}"
+    return output, errors
+
+
+@contextmanager
+def start_script(name: str, *arguments: str, env_file: Path) -> Iterator[subprocess.Popen[str]]:
+    """Start one of the scripts and go on; it is killed at the end if it still runs."""
+    with launch_script(name, *arguments, env_file=env_file) as running:
         try:
             yield running
         finally:
@@ -122,6 +133,10 @@ class Annotator:
 
     address: str
     session: requests.Session = field(default_factory=requests.Session)
+
+    def __post_init__(self) -> None:
+        # gunicorn drops idle connections after two seconds, possibly while the next request is on its way.
+        self.session.headers["Connection"] = "close"
 
     @classmethod
     def invited(cls, address: str, admin_token: str, email: str) -> "Annotator":
