@@ -34,10 +34,8 @@ uninstall: $(CONTROL)/.done ## Take a station off its host (says first what that
 	$(need_inventory)
 	@$(PLAYBOOK) playbooks/uninstall.yml $(ARGS)
 
-$(CONTROL)/.done: requirements/control.txt requirements/bootstrap.txt
+$(CONTROL)/.done: requirements/control.txt $(VENV)/.uv
 	@$(PYTHON) -m venv $(CONTROL)
-	@$(CONTROL)/bin/pip install --quiet --disable-pip-version-check --require-hashes -r requirements/bootstrap.txt || \
-		echo 'uv cannot be installed here: going on with pip'
 	$(call install,$(CONTROL)/bin/python,requirements/control.txt)
 	@touch $@
 
@@ -45,7 +43,7 @@ $(CONTROL)/.done: requirements/control.txt requirements/bootstrap.txt
 
 .PHONY: lint-deploy
 lint-deploy: $(CONTROL)/.test ## ansible-lint, yamllint and shellcheck on roles, playbooks and their scripts
-	@$(CONTROL)/bin/ansible-lint --offline --quiet
+	@PATH="$(CURDIR)/$(CONTROL)/bin:$$PATH" $(CONTROL)/bin/ansible-lint --offline -q
 	@$(CONTROL)/bin/yamllint --strict .
 	@$(VENV)/bin/shellcheck roles/label_studio/files/with-credentials
 

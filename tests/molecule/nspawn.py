@@ -49,6 +49,8 @@ PACKAGES = (
 )
 USER = "lab"
 BOOT_SECONDS = 90
+# What systemd-nspawn with --keep-unit exits with when the host wants to reboot.
+REBOOT = 133
 STOP_SECONDS = 60
 
 
@@ -180,24 +182,44 @@ def connect_network(name: str, place: Path) -> str:
 
 
 def boot(name: str, place: Path, release: str) -> None:
-    """Start systemd inside the host."""
-    archives = CACHE / f"apt-{release}"
-    wheels = CACHE / "pip"
+    """Start systemd inside the host, and somebody who starts it again when the host reboots."""
+    with (place / "console.log").open("w") as log:
+        supervisor = subprocess.Popen(
+            [sys.executable, __file__, "supervise", name, "--release", release],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
+    (place / "supervisor.pid").write_text(str(supervisor.pid))
+
+
+def supervise(name: str, release: str) -> int:
+    """Run systemd-nspawn until the host is switched off; a reboot ends it and starts it anew."""
+    place = HOSTS / name
+    archives, wheels = CACHE / f"apt-{release}", CACHE / "pip"
     (archives / "partial").mkdir(parents=True, exist_ok=True)
     wheels.mkdir(parents=True, exist_ok=True)
-    with (place / "console.log").open("w") as log:
-        nspawn = subprocess.Popen(
-            ["systemd-nspawn", "--quiet", "--register=no", "--keep-unit", "--boot",
-             f"--machine={name}", f"--directory={place / 'root'}",
-             f"--network-namespace-path=/run/netns/{name}", "--capability=CAP_NET_ADMIN",
-             "--resolv-conf=copy-host", "--timezone=off", "--link-journal=no",
-             "--console=pipe", f"--bind={archives}:/var/cache/apt/archives",
-             f"--bind={wheels}:/root/.cache/pip"],
-            # A host with the legacy cgroup hierarchy boots Debian 13 only when told to use the new one.
-            env={**os.environ, "SYSTEMD_NSPAWN_UNIFIED_HIERARCHY": "1"},
-            stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
-        )  # fmt: skip
-    (place / "nspawn.pid").write_text(str(nspawn.pid))
+    command: list[str | Path] = [
+        "systemd-nspawn", "--quiet", "--register=no", "--keep-unit", "--boot", "--capability=CAP_NET_ADMIN",
+        f"--machine={name}", f"--directory={place / 'root'}", f"--network-namespace-path=/run/netns/{name}",
+        "--resolv-conf=copy-host", "--timezone=off", "--link-journal=no", "--console=pipe",
+        f"--bind={archives}:/var/cache/apt/archives", f"--bind={wheels}:/root/.cache/pip",
+    ]  # fmt: skip
+    stopping = False
+    while True:
+        # A machine with the legacy cgroup hierarchy boots Debian 13 only when told to use the new one.
+        nspawn = subprocess.Popen(command, env={**os.environ, "SYSTEMD_NSPAWN_UNIFIED_HIERARCHY": "1"})
+
+        def stop_host(*_signal: object, nspawn: subprocess.Popen[bytes] = nspawn) -> None:
+            nonlocal stopping
+            stopping = True
+            nspawn.terminate()
+
+        signal.signal(signal.SIGTERM, stop_host)
+        code = nspawn.wait()
+        if stopping or code != REBOOT:
+            return code
 
 
 def wait_for_ssh(address: str, place: Path) -> None:
@@ -268,7 +290,7 @@ def destroy(name: str) -> None:
     """Stop a host and remove everything of it; nothing happens when there is none."""
     HOSTS.mkdir(parents=True, exist_ok=True)
     place = HOSTS / name
-    stop(place, "nspawn", f"--machine={name}")
+    stop(place, "supervisor", f"supervise\0{name}\0")
     stop(place, "slirp", f"/run/netns/{name}")
     if (place / "root").is_mount():
         run("umount", place / "root")
@@ -283,6 +305,9 @@ def main() -> int:
     making = verbs.add_parser("create", help="make and boot a host, print its connection")
     making.add_argument("name")
     making.add_argument("--release", choices=RELEASES, required=True)
+    keeping = verbs.add_parser("supervise", help="run a host until it is switched off (create starts this)")
+    keeping.add_argument("name")
+    keeping.add_argument("--release", choices=RELEASES, required=True)
     ending = verbs.add_parser("destroy", help="stop a host and remove it")
     ending.add_argument("name")
     arguments = parser.parse_args()
@@ -293,6 +318,8 @@ def main() -> int:
         sys.exit("root is needed: this mounts file systems and makes network namespaces")
     if arguments.verb == "create":
         print(json.dumps(create(arguments.name, arguments.release)))
+    elif arguments.verb == "supervise":
+        return supervise(arguments.name, arguments.release)
     else:
         destroy(arguments.name)
     return 0
