@@ -1,5 +1,8 @@
 #!/usr/bin/env python3
-"""Look at everything the station stands on: one line a thing, OK, WARN or FAIL, with what to do, and one verdict."""
+"""Look at everything a station stands on.
+
+One line a thing, OK, WARN or FAIL, with what to do about it, and one verdict. Exit code 3 when something FAILs.
+"""
 
 import argparse
 import json
@@ -58,12 +61,14 @@ class Finding:
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    return cli.parser(__doc__ or "")
+    return cli.parser((__doc__ or "").strip())
 
 
 def main(options: argparse.Namespace) -> ExitCode:
     """Look at each thing; one that cannot be looked at has failed."""
     settings = load_settings(options.env_file)
+    # For the script that look_at_projects calls.
+    os.environ["LABELSTATION_ENV_FILE"] = str(options.env_file)
     findings: list[Finding] = []
     for check in CHECKS:
         try:
