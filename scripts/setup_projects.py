@@ -17,7 +17,6 @@ TEMPLATES = Path(__file__).resolve().parent.parent / "label_studio_templates"
 # Kept as they are here; `maximum_annotations` is not among them, because changing it resets every task's overlap.
 SETTINGS: dict[str, object] = {
     "show_skip_button": True,
-    "enable_empty_annotation": False,
     "show_collab_predictions": False,
     "show_annotation_history": False,
     "sampling": "Sequential sampling",
@@ -127,6 +126,8 @@ def differences(project: dict[str, Any] | None, task_type: TaskType, template: s
         "title": task_type.title,
         "description": marker(task_type),
         "label_config": template,
+        # Text that is right as it stands counts as empty: without this nobody could submit it untouched.
+        "enable_empty_annotation": task_type.revision_kind != "segmentation",
         **SETTINGS,
     }
     if project is None:

@@ -5,6 +5,8 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,6 +30,35 @@ def run_script(name: str, *arguments: str, env_file: Path, **environment: str) -
         check=False,
         timeout=240,
     )
+
+
+def launch_script(name: str, *arguments: str, env_file: Path, **environment: str) -> subprocess.Popen[str]:
+    """Start one of the scripts and go on; `finish` waits for it."""
+    return subprocess.Popen(
+        [sys.executable, str(PROJECT / "scripts" / f"{name}.py"), "--env-file", str(env_file), *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=env_file.parent,
+        env={"PATH": os.environ["PATH"], **environment},
+    )
+
+
+def finish(running: subprocess.Popen[str], expect: int = 0) -> tuple[str, str]:
+    """Wait for a script that was launched; returns its stdout and stderr."""
+    output, errors = running.communicate(timeout=120)
+    assert running.returncode == expect, f"{running.returncode}\n{output}\n{errors}"
+    return output, errors
+
+
+@contextmanager
+def start_script(name: str, *arguments: str, env_file: Path) -> Iterator[subprocess.Popen[str]]:
+    """Start one of the scripts and go on; it is killed at the end if it still runs."""
+    with launch_script(name, *arguments, env_file=env_file) as running:
+        try:
+            yield running
+        finally:
+            running.kill()
 
 
 def write_settings(file: Path, **settings: str) -> Path:
@@ -102,6 +133,10 @@ class Annotator:
 
     address: str
     session: requests.Session = field(default_factory=requests.Session)
+
+    def __post_init__(self) -> None:
+        # gunicorn drops idle connections after two seconds, possibly while the next request is on its way.
+        self.session.headers["Connection"] = "close"
 
     @classmethod
     def invited(cls, address: str, admin_token: str, email: str) -> "Annotator":
