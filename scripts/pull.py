@@ -2,10 +2,8 @@
 """Bring home what annotators did in Label Studio: new, changed, skipped and deleted work."""
 
 import argparse
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from uuid import UUID
 
 from psycopg import sql
 
@@ -16,13 +14,15 @@ from station.errors import ExitCode, SettingError
 from station.settings import load_settings
 from station.task_types import TASK_TYPES, TaskType
 
-BATCH_ANNOTATIONS = 5000
+BATCH_ANNOTATIONS = 20_000
 # Label Studio stamps updated_at in its own process a moment before it writes, and its clock may differ a little.
 # What is read twice is recognised and changes nothing.
 READ_AGAIN = "5 minutes"
 # Losing this much at once is more likely a restored or wrong database than somebody's decision.
 MANY_DELETIONS = 100
 MANY_DELETIONS_SHARE = 0.1
+# Ten years. What a browser claims to have taken longer would not fit into a point in time.
+LONGEST_LEAD_TIME_SECONDS = 315_576_000
 
 
 def parser() -> argparse.ArgumentParser:
@@ -80,7 +80,7 @@ class Pull:
     data_factory: Connection
     label_studio_db: Connection
     options: argparse.Namespace
-    run_id: int = 0
+    run_id: int | None = None
     counts: Counts = field(default_factory=Counts)
     unaccepted_deletions: int = 0
 
@@ -127,7 +127,7 @@ def summary(pull: Pull) -> str:
 
 
 def pull_task_type(pull: Pull) -> ExitCode:
-    """Read, apply, move the cursor."""
+    """Read and apply; how it ended."""
     with exclusive(pull.data_factory, f"pull of {pull.task_type.name}"):
         if pull.options.dry_run:
             # The same steps, taken back at the end.
@@ -148,8 +148,7 @@ def pull_task_type(pull: Pull) -> ExitCode:
 
 def carry_out(pull: Pull) -> None:
     """The steps of a pull."""
-    cursor = read(pull)
-    adopt_tasks(pull)
+    reading = read(pull)
     work = note_work(pull)
     chosen = min(work, pull.options.limit or work)
     for start in range(0, chosen, BATCH_ANNOTATIONS):
@@ -157,10 +156,12 @@ def carry_out(pull: Pull) -> None:
             apply_batch(pull, start, min(start + BATCH_ANNOTATIONS, chosen))
     pull.counts.left_for_next = work - chosen
     with pull.data_factory.transaction():
-        withdraw_deleted(pull)
+        if reading.compared:
+            withdraw_deleted(pull, reading)
         note_drafts(pull)
-        if work == chosen and not pull.options.since:
-            move_cursor(pull, cursor)
+        # What was left, or not accepted, is met again by the next pull.
+        if not (pull.counts.left_for_next or pull.unaccepted_deletions or pull.options.since):
+            move_cursor(pull, reading.cursor)
 
 
 # Reading Label Studio
@@ -168,60 +169,65 @@ def carry_out(pull: Pull) -> None:
 
 @dataclass
 class Cursor:
-    """How far Label Studio has been read, and what was there then."""
+    """How far Label Studio has been read, and what was there then: a row of pull_cursors."""
 
     read_until: datetime
-    tasks_max_id: int
-    tasks_fingerprint: str
-    annotations_max_id: int
-    annotations_fingerprint: str
+    unsettled_xid: str | None
+    tasks_max_id: int = 0
+    tasks_fingerprint: str = ""
+    annotations_max_id: int = 0
+    annotations_fingerprint: str = ""
 
 
-def read(pull: Pull) -> Cursor:
-    """Copy what changed into temporary tables; returns how far the next pull can take this as read."""
+@dataclass
+class Reading:
+    """What reading Label Studio told.
+
+    Attributes:
+        began_at: when, by the clock of data_factory.
+        cursor: how far the next pull can take Label Studio as read.
+        compared: whether the ids of all that is there were read, because something that was there is gone.
+    """
+
+    began_at: datetime
+    cursor: Cursor
+    compared: bool
+
+
+def read(pull: Pull) -> Reading:
+    """Copy what changed since the last pull into temporary tables, all as of one moment."""
     df, ls = pull.data_factory, pull.label_studio_db
     df.execute(
         """
-        CREATE TEMPORARY TABLE IF NOT EXISTS feed (
-            id bigint, task_id bigint, user_id integer, was_cancelled boolean, lead_time double precision,
-            created_at timestamptz, updated_at timestamptz, draft_created_at timestamptz, result jsonb
+        DROP TABLE IF EXISTS pg_temp.feed, pg_temp.drafts, pg_temp.live_tasks, pg_temp.live_annotations;
+        CREATE TEMPORARY TABLE feed (
+            id bigint, task_id bigint, task_key uuid, user_id integer, was_cancelled boolean,
+            lead_time double precision, created_at timestamptz, updated_at timestamptz, draft_created_at timestamptz,
+            result jsonb
         );
-        CREATE TEMPORARY TABLE IF NOT EXISTS drafts (task_id bigint, started_at timestamptz);
-        CREATE TEMPORARY TABLE IF NOT EXISTS live_tasks (id bigint PRIMARY KEY);
-        CREATE TEMPORARY TABLE IF NOT EXISTS live_annotations (id bigint PRIMARY KEY);
-        CREATE TEMPORARY TABLE IF NOT EXISTS reading (began_at timestamptz, compared boolean);
+        CREATE TEMPORARY TABLE drafts (task_id bigint, started_at timestamptz);
+        CREATE TEMPORARY TABLE live_tasks (id bigint);
+        CREATE TEMPORARY TABLE live_annotations (id bigint);
         """
     )
-    df.execute("TRUNCATE feed, drafts, live_tasks, live_annotations, reading")
+    (began_at,) = df.execute("SELECT clock_timestamp()").fetchone() or (None,)
     last = last_cursor(pull)
-    # Transactions that are open now may commit rows later that are stamped earlier: the next pull begins before the
-    # oldest of them. Asked before the snapshot is taken, so that none can slip in between.
-    (horizon,) = ls.execute(
-        """
-        SELECT least(clock_timestamp(), min(xact_start)) - %s::interval
-        FROM pg_stat_activity
-        WHERE datname = current_database() AND pid <> pg_backend_pid() AND backend_type = 'client backend'
-        """,
-        [READ_AGAIN],
-    ).fetchone() or (None,)
-    df.execute("INSERT INTO reading SELECT clock_timestamp(), false")
-    since = pull.options.since or (None if pull.options.full or not last else last.read_until)
     with ls.transaction():
         ls.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY")
+        row = ls.execute(
+            """
+            SELECT clock_timestamp() - %s::interval, pg_snapshot_xmin(seen)::text, pg_snapshot_xmax(seen)::text
+            FROM pg_current_snapshot() AS seen
+            """,
+            [READ_AGAIN],
+        ).fetchone()
+        assert row is not None
+        read_until, oldest_open, next_to_come = row
+        cursor = Cursor(read_until, oldest_open if oldest_open != next_to_come else None)
+        copy(pull, "feed", changed_annotations(pull, last))
         copy(
             pull,
-            sql.SQL(
-                """
-                SELECT id, task_id, completed_by_id, was_cancelled, lead_time, created_at, updated_at, draft_created_at,
-                    result
-                FROM task_completion
-                WHERE project_id = {project} AND (updated_at >= {since} OR created_at >= {since})
-                """
-            ).format(project=pull.project_id, since=since or datetime.min.replace(tzinfo=UTC)),
-            "feed",
-        )
-        copy(
-            pull,
+            "drafts",
             sql.SQL(
                 """
                 SELECT d.task_id, min(d.created_at)
@@ -231,26 +237,51 @@ def read(pull: Pull) -> Cursor:
                 GROUP BY d.task_id
                 """
             ).format(pull.project_id),
-            "drafts",
         )
-        if pull.options.full or last is None or something_is_gone(pull, last):
+        compared = pull.options.full or last is None or something_is_gone(pull, last)
+        if compared:
             for table, live in (("task", "live_tasks"), ("task_completion", "live_annotations")):
-                copy(
-                    pull,
-                    sql.SQL("SELECT id FROM {} WHERE project_id = {}").format(sql.Identifier(table), pull.project_id),
-                    live,
-                )
-            df.execute("UPDATE reading SET compared = true")
-        tasks, annotations = (fingerprint(pull, table, None) for table in ("task", "task_completion"))
-    df.execute("ANALYZE feed")
-    return Cursor(horizon, *tasks, *annotations)
+                query = sql.SQL("SELECT id FROM {} WHERE project_id = {}")
+                copy(pull, live, query.format(sql.Identifier(table), pull.project_id))
+        cursor.tasks_max_id, cursor.tasks_fingerprint = fingerprint(pull, "task")
+        cursor.annotations_max_id, cursor.annotations_fingerprint = fingerprint(pull, "task_completion")
+    df.execute("ANALYZE feed (id, task_id, task_key)")
+    return Reading(began_at, cursor, compared)
+
+
+def changed_annotations(pull: Pull, last: Cursor | None) -> sql.Composed:
+    """A query of the annotations to look at, with the key that their tasks' meta carries."""
+    changed: list[sql.Composable] = []
+    if pull.options.since:
+        changed = [sql.SQL("a.updated_at >= {}").format(pull.options.since)]
+    elif last and not pull.options.full:
+        changed = [sql.SQL("a.updated_at >= {}").format(last.read_until)]
+        if last.unsettled_xid:
+            # Transactions were open when the last pull read. What they, or later ones, wrote has not been seen,
+            # whatever time it was stamped with.
+            changed.append(sql.SQL("age(a.xmin) <= age({}::xid8::xid)").format(last.unsettled_xid))
+    return sql.SQL(
+        """
+        SELECT
+            a.id, a.task_id, substring(t.meta ->> {key} FROM {uuid}), a.completed_by_id, a.was_cancelled, a.lead_time,
+            a.created_at, a.updated_at, a.draft_created_at, coalesce(a.result, '[]')
+        FROM task_completion AS a
+        INNER JOIN task AS t ON t.id = a.task_id
+        WHERE a.project_id = {project} AND ({changed})
+        """
+    ).format(
+        key=contract.KEY,
+        uuid="^[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}$",
+        project=pull.project_id,
+        changed=sql.SQL(" OR ").join(changed or [sql.SQL("true")]),
+    )
 
 
 def last_cursor(pull: Pull) -> Cursor | None:
     """Where the last pull of this project stopped."""
     row = pull.data_factory.execute(
         """
-        SELECT read_until, tasks_max_id, tasks_fingerprint, annotations_max_id, annotations_fingerprint
+        SELECT read_until, unsettled_xid, tasks_max_id, tasks_fingerprint, annotations_max_id, annotations_fingerprint
         FROM pull_cursors WHERE project_id = %s
         """,
         [pull.project_id],
@@ -258,7 +289,7 @@ def last_cursor(pull: Pull) -> Cursor | None:
     return Cursor(*row) if row else None
 
 
-def copy(pull: Pull, query: sql.Composed, table: str) -> None:
+def copy(pull: Pull, table: str, query: sql.Composed) -> None:
     """Stream a query's rows from Label Studio's database into a temporary table of ours."""
     with (
         pull.label_studio_db.cursor().copy(sql.SQL("COPY ({}) TO STDOUT").format(query)) as source,
@@ -268,16 +299,19 @@ def copy(pull: Pull, query: sql.Composed, table: str) -> None:
             target.write(rows)
 
 
-def fingerprint(pull: Pull, table: str, max_id: int | None) -> tuple[int, str]:
+def fingerprint(pull: Pull, table: str, max_id: int | None = None) -> tuple[int, str]:
     """The greatest id of a project's rows, and count and sum of the ids (up to a greatest one)."""
     row = pull.label_studio_db.execute(
         sql.SQL(
             """
             SELECT coalesce(max(id), 0), count(*) || ':' || coalesce(sum(id), 0)
-            FROM {} WHERE project_id = %s AND id <= coalesce(%s, id)
+            FROM {} WHERE project_id = {} {}
             """
-        ).format(sql.Identifier(table)),
-        [pull.project_id, max_id],
+        ).format(
+            sql.Identifier(table),
+            pull.project_id,
+            sql.SQL("AND id <= {}").format(max_id) if max_id is not None else sql.SQL(""),
+        )
     ).fetchone()
     return row if row else (0, "0:0")
 
@@ -287,88 +321,62 @@ def something_is_gone(pull: Pull, last: Cursor) -> bool:
 
     Deleted rows leave no trace in Label Studio. Counting what is left is far cheaper than comparing it.
     """
-    tasks = fingerprint(pull, "task", last.tasks_max_id)[1]
-    annotations = fingerprint(pull, "task_completion", last.annotations_max_id)[1]
-    return (tasks, annotations) != (last.tasks_fingerprint, last.annotations_fingerprint)
+    return (
+        fingerprint(pull, "task", last.tasks_max_id)[1] != last.tasks_fingerprint
+        or fingerprint(pull, "task_completion", last.annotations_max_id)[1] != last.annotations_fingerprint
+    )
 
 
-def adopt_tasks(pull: Pull) -> None:
-    """Find the keys of tasks whose ids were never recorded, because a push was interrupted or made them twice."""
+def note_work(pull: Pull) -> int:
+    """Number the annotations whose work the ledger does not have as it is now; returns how many."""
     df = pull.data_factory
-    df.execute(
-        """
-        CREATE TEMPORARY TABLE IF NOT EXISTS feed_tasks (task_id bigint PRIMARY KEY, task_key uuid NOT NULL);
-        TRUNCATE feed_tasks;
-        """
-    )
-    df.execute(
-        """
-        INSERT INTO feed_tasks
-        SELECT f.task_id, t.task_key
-        FROM (SELECT DISTINCT task_id FROM feed) AS f
-        INNER JOIN tasks AS t ON t.project_id = %s AND t.label_studio_task_id = f.task_id
-        """,
-        [pull.project_id],
-    )
-    unknown = [
-        task_id
-        for (task_id,) in df.execute(
-            "SELECT DISTINCT task_id FROM feed WHERE task_id NOT IN (SELECT task_id FROM feed_tasks)"
-        )
-    ]
-    if not unknown:
-        return
-    keyed = pull.label_studio_db.execute(
-        "SELECT id, meta ->> %(key)s FROM task WHERE id = ANY (%(ids)s) AND meta ->> %(key)s IS NOT NULL",
-        {"key": contract.KEY, "ids": unknown},
-    ).fetchall()
-    df.execute(
-        """
-        INSERT INTO feed_tasks
-        SELECT keyed.task_id, t.task_key
-        FROM unnest(%s::bigint[], %s::text[]) AS keyed (task_id, key)
-        INNER JOIN tasks AS t ON t.task_key::text = keyed.key AND t.project_id = %s
-        """,
-        [[task_id for task_id, _key in keyed], [key for _task_id, key in keyed], pull.project_id],
-    )
+    # A push that was interrupted did not record the ids of its last tasks.
     df.execute(
         """
         UPDATE tasks AS t
         SET label_studio_task_id = f.task_id, state = 'open', pushed_at = clock_timestamp()
-        FROM (SELECT task_key, min(task_id) AS task_id FROM feed_tasks GROUP BY task_key) AS f
-        WHERE t.task_key = f.task_key AND t.state = 'reserved'
-        """
+        FROM (SELECT task_key, min(task_id) AS task_id FROM feed GROUP BY task_key) AS f
+        WHERE t.task_key = f.task_key AND t.project_id = %s AND t.label_studio_task_id IS NULL
+        """,
+        [pull.project_id],
     )
-    row = df.execute("SELECT count(*) FROM feed WHERE task_id NOT IN (SELECT task_id FROM feed_tasks)").fetchone()
-    pull.counts.foreign = row[0] if row else 0
-    if pull.counts.foreign:
-        log.debug("%s annotations belong to tasks that were not pushed by labelstation", pull.counts.foreign)
-
-
-def note_work(pull: Pull) -> int:
-    """Number the annotations that the ledger does not have as they are now; returns how many."""
-    df = pull.data_factory
+    # Only marked in Label Studio (starred, say), not worked on again: what was decided stays.
     df.execute(
         """
-        DROP TABLE IF EXISTS pg_temp.work;
-        CREATE TEMPORARY TABLE work (position bigint PRIMARY KEY, id bigint NOT NULL, task_key uuid NOT NULL);
+        UPDATE submitted_annotations AS a
+        SET changed_at = f.updated_at
+        FROM feed AS f
+        WHERE a.label_studio_annotation_id = f.id AND a.status <> 'withdrawn' AND a.changed_at <> f.updated_at
+            AND a.result = f.result AND (a.status = 'skipped') = f.was_cancelled
         """
     )
-    number = df.execute(
+    df.execute("DROP TABLE IF EXISTS pg_temp.work")
+    # The recorded id counts first, because people can change a task's meta. A task that was made twice has one key.
+    # Annotations of tasks that are not ours get no position.
+    df.execute(
         """
-        INSERT INTO work
-        SELECT row_number() OVER (ORDER BY f.updated_at, f.id) - 1, f.id, k.task_key
+        CREATE TEMPORARY TABLE work AS
+        SELECT
+            CASE WHEN k.task_key IS NOT NULL THEN
+                row_number() OVER (PARTITION BY k.task_key IS NULL ORDER BY f.updated_at, f.id) - 1
+            END AS position,
+            f.id, k.task_key
         FROM feed AS f
-        INNER JOIN feed_tasks AS k USING (task_id)
+        LEFT JOIN tasks AS by_id ON by_id.project_id = %(project)s AND by_id.label_studio_task_id = f.task_id
+        LEFT JOIN tasks AS by_key ON by_key.project_id = %(project)s AND by_key.task_key = f.task_key
+        CROSS JOIN LATERAL (SELECT coalesce(by_id.task_key, by_key.task_key) AS task_key) AS k
         LEFT JOIN submitted_annotations AS a ON a.label_studio_annotation_id = f.id
         WHERE a.annotation_id IS NULL
-            OR a.changed_at <> f.updated_at
             OR a.status = 'withdrawn'
             OR a.result <> f.result
-        """
-    ).rowcount
+            OR (a.status = 'skipped') <> f.was_cancelled
+        """,
+        {"project": pull.project_id},
+    )
     df.execute("ANALYZE work")
-    return number
+    row = df.execute("SELECT count(position), count(*) FILTER (WHERE task_key IS NULL) FROM work").fetchone()
+    number, pull.counts.foreign = row or (0, 0)
+    return int(number)
 
 
 # Applying
@@ -376,32 +384,183 @@ def note_work(pull: Pull) -> int:
 
 def apply_batch(pull: Pull, start: int, end: int) -> None:
     """Record a batch of annotations and what they cause. All of it or nothing."""
-    df = pull.data_factory
-    # Everybody who changes a sample's content holds its row; taken in one order, so that no two wait for each other.
-    df.execute(
-        """
-        SELECT FROM samples
-        WHERE sample_id IN (
-            SELECT t.sample_id FROM work AS w INNER JOIN tasks AS t USING (task_key)
-            WHERE w.position >= %s AND w.position < %s
-        )
-        ORDER BY sample_id
-        FOR UPDATE
-        """,
-        [start, end],
-    )
+    chosen = sql.SQL("SELECT task_key FROM work WHERE position >= {} AND position < {}").format(start, end)
+    lock_samples(pull, chosen)
     judge(pull, start, end)
-    df.execute(
-        """
-        INSERT INTO annotators (label_studio_user_id)
-        SELECT DISTINCT v.user_id FROM verdict AS v
-        WHERE v.user_id IS NOT NULL
-            AND NOT EXISTS (SELECT FROM annotators AS w WHERE w.label_studio_user_id = v.user_id)
-        ORDER BY v.user_id
-        ON CONFLICT (label_studio_user_id) DO NOTHING
-        """
+    meet_annotators(pull)
+    record_annotations(pull)
+    pull.counts.revisions += add_revisions(pull)
+    withdraw_revisions(pull, LAPSED)
+    settle(pull, sql.SQL("SELECT task_key FROM verdict"))
+    count_verdicts(pull)
+
+
+def lock_samples(pull: Pull, task_keys: sql.Composable) -> None:
+    """Hold the samples of these tasks, as everybody does who changes a sample; in one order, so that no two block."""
+    pull.data_factory.execute(
+        sql.SQL(
+            """
+            SELECT FROM samples
+            WHERE sample_id IN (SELECT t.sample_id FROM tasks AS t WHERE t.task_key IN ({}))
+            ORDER BY sample_id
+            FOR UPDATE
+            """
+        ).format(task_keys)
     )
-    df.execute(
+
+
+def judge(pull: Pull, start: int, end: int) -> None:
+    """Decide for each annotation of a batch what it is, what it says, and whether its sample changed meanwhile."""
+    said = SEGMENTS if pull.task_type.revision_kind == "segmentation" else TEXT
+    pull.data_factory.execute("DROP TABLE IF EXISTS pg_temp.verdict")
+    pull.data_factory.execute(
+        sql.SQL(
+            """
+            CREATE TEMPORARY TABLE verdict AS
+            SELECT
+                f.id, w.task_key, t.sample_id, t.gold_id, f.user_id, f.result, f.lead_time, began.at AS began_at,
+                f.created_at, f.updated_at, judged.status,
+                CASE judged.status WHEN 'invalid' THEN said.problem END AS problem,
+                CASE judged.status WHEN 'completed' THEN said.text END AS text,
+                CASE judged.status WHEN 'completed' THEN said.segments END AS segments,
+                shown.sync_version AS shown_version, shown.audio_file_md5, s.sync_version AS current_version,
+                CASE
+                    WHEN judged.status = 'completed' AND t.gold_id IS NULL THEN ARRAY(
+                        SELECT DISTINCT c.kind
+                        FROM sample_changes AS c
+                        WHERE c.sample_id = t.sample_id
+                            AND c.sync_version > shown.sync_version
+                            AND c.kind = ANY (relevant_changes({task_type}::task_type))
+                            AND c.task_key IS DISTINCT FROM w.task_key
+                    )
+                    ELSE '{{}}'
+                END AS conflict_kinds,
+                before.annotation_id IS NULL AS is_new
+            FROM work AS w
+            INNER JOIN feed AS f USING (id)
+            INNER JOIN tasks AS t ON t.task_key = w.task_key
+            INNER JOIN samples AS s USING (sample_id)
+            LEFT JOIN submitted_annotations AS before ON before.label_studio_annotation_id = f.id
+            CROSS JOIN LATERAL (
+                -- The lead time of work that is sent in again has grown by the breaks; the first one counts.
+                SELECT coalesce(before.began_at, least(
+                    f.created_at - make_interval(secs => greatest(least(f.lead_time, {longest}), 0)),
+                    f.draft_created_at
+                )) AS at
+            ) AS began
+            CROSS JOIN LATERAL (
+                -- Before the first showing nobody can have seen anything: clocks differ, or the lead time is wrong.
+                SELECT shown.sync_version, shown.audio_file_md5
+                FROM task_showings AS shown
+                WHERE shown.task_key = w.task_key
+                ORDER BY shown.shown_since <= began.at DESC, abs(extract(epoch FROM shown.shown_since - began.at))
+                LIMIT 1
+            ) AS shown
+            CROSS JOIN LATERAL ({said}) AS said
+            CROSS JOIN LATERAL (
+                SELECT CASE
+                    WHEN f.was_cancelled THEN 'skipped'
+                    WHEN said.problem IS NOT NULL THEN 'invalid'
+                    ELSE 'completed'
+                END::annotation_status AS status
+            ) AS judged
+            WHERE w.position >= {start} AND w.position < {end}
+            """
+        ).format(
+            task_type=pull.task_type.name,
+            longest=LONGEST_LEAD_TIME_SECONDS,
+            said=said.format(control=pull.task_type.control),
+            start=start,
+            end=end,
+        )
+    )
+    pull.data_factory.execute("ANALYZE verdict (id, sample_id, task_key, status, conflict_kinds, is_new)")
+
+
+# Controls are found by from_name: a note in another text area is not the transcript.
+TEXT = sql.SQL(
+    """
+    SELECT
+        entered.text,
+        NULL::jsonb AS segments,
+        CASE
+            WHEN entered.text IS NULL THEN 'nothing was entered in ' || {control}
+            WHEN entered.text !~ '\\S' THEN {control} || ' is empty'
+        END AS problem
+    FROM (
+        SELECT string_agg(normalize(part #>> '{{}}'), E'\\n' ORDER BY number) AS text
+        FROM jsonb_path_query(
+            f.result, '$[*] ? (@.from_name == $control).value.text[*]', jsonb_build_object('control', {control}::text)
+        ) WITH ORDINALITY AS parts (part, number)
+    ) AS entered
+    """
+)
+SEGMENTS = sql.SQL(
+    """
+    SELECT
+        NULL AS text,
+        marked.segments,
+        CASE
+            WHEN marked.segments IS NULL THEN 'no region was marked with ' || {control}
+            WHEN marked.broken THEN 'a region lacks its start, end or label, or ends before it starts'
+        END AS problem
+    FROM (
+        SELECT
+            jsonb_agg(
+                jsonb_build_object(
+                    'start', region #> '{{value,start}}', 'end', region #> '{{value,end}}',
+                    'label', region #> '{{value,labels,0}}', 'tags', coalesce(tags.tags, '[]')
+                )
+                ORDER BY CASE jsonb_typeof(region #> '{{value,start}}')
+                    WHEN 'number' THEN (region #>> '{{value,start}}')::numeric END, number
+            ) AS segments,
+            bool_or(
+                CASE
+                    WHEN jsonb_typeof(region #> '{{value,start}}') = 'number'
+                        AND jsonb_typeof(region #> '{{value,end}}') = 'number'
+                        AND jsonb_typeof(region #> '{{value,labels,0}}') = 'string'
+                    THEN (region #>> '{{value,start}}')::numeric >= (region #>> '{{value,end}}')::numeric
+                    ELSE true
+                END
+            ) AS broken
+        FROM jsonb_path_query(
+            f.result, '$[*] ? (@.from_name == $control)', jsonb_build_object('control', {control}::text)
+        ) WITH ORDINALITY AS regions (region, number)
+        LEFT JOIN LATERAL (
+            SELECT jsonb_agg(tag) AS tags
+            FROM jsonb_path_query(
+                f.result, '$[*] ? (@.from_name == "segment_tags" && @.id == $region).value.choices[*]',
+                jsonb_build_object('region', region -> 'id')
+            ) AS tag
+        ) AS tags ON true
+    ) AS marked
+    """
+)
+
+
+def meet_annotators(pull: Pull) -> None:
+    """Give people that were not seen before the next pseudonyms."""
+    unknown = sql.SQL(
+        "SELECT user_id FROM verdict WHERE user_id IS NOT NULL EXCEPT SELECT label_studio_user_id FROM annotators"
+    )
+    if not pull.data_factory.execute(unknown).fetchone():
+        return
+    # Counted under a lock, not by a sequence: what is rolled back leaves no gap.
+    pull.data_factory.execute("LOCK TABLE annotators IN SHARE ROW EXCLUSIVE MODE")
+    pull.data_factory.execute(
+        sql.SQL(
+            """
+            INSERT INTO annotators (annotator_id, label_studio_user_id)
+            SELECT (SELECT count(*) FROM annotators) + row_number() OVER (ORDER BY user_id), user_id
+            FROM ({}) AS unknown
+            """
+        ).format(unknown)
+    )
+
+
+def record_annotations(pull: Pull) -> None:
+    """Write a batch of annotations as they are now; what was resolved about their earlier form no longer holds."""
+    pull.data_factory.execute(
         """
         INSERT INTO submitted_annotations AS a (
             label_studio_annotation_id, task_key, annotator_id, status, problem, result, text, segments,
@@ -434,167 +593,8 @@ def apply_batch(pull: Pull, start: int, end: int) -> None:
             resolved_by = NULL,
             run_id = excluded.run_id
         """,
-        [pull.run_id or None],
+        [pull.run_id],
     )
-    withdrawn = withdraw_revisions(pull)
-    added = add_revisions(pull)
-    note_withdrawals(pull, withdrawn)
-    pull.counts.revisions += added
-    settle_tasks(pull, "SELECT DISTINCT task_key FROM verdict")
-    count_verdicts(pull)
-
-
-def judge(pull: Pull, start: int, end: int) -> None:
-    """Decide for each annotation of a batch what it is, what it says, and whether its sample changed meanwhile."""
-    extract = SEGMENTS if pull.task_type.revision_kind == "segmentation" else TEXT
-    pull.data_factory.execute("DROP TABLE IF EXISTS pg_temp.verdict")
-    pull.data_factory.execute(
-        sql.SQL(
-            """
-            CREATE TEMPORARY TABLE verdict AS
-            SELECT
-                f.id, w.task_key, t.sample_id, t.gold_id, f.user_id, f.result, f.lead_time,
-                began.at AS began_at, f.created_at, f.updated_at,
-                CASE
-                    WHEN f.was_cancelled THEN 'skipped'
-                    WHEN said.problem IS NOT NULL THEN 'invalid'
-                    ELSE 'completed'
-                END::annotation_status AS status,
-                CASE WHEN NOT f.was_cancelled THEN said.problem END AS problem,
-                CASE WHEN NOT f.was_cancelled AND said.problem IS NULL THEN said.text END AS text,
-                CASE WHEN NOT f.was_cancelled AND said.problem IS NULL THEN said.segments END AS segments,
-                shown.sync_version AS shown_version,
-                shown.audio_file_md5,
-                s.sync_version AS current_version,
-                CASE
-                    WHEN f.was_cancelled OR said.problem IS NOT NULL OR t.gold_id IS NOT NULL THEN '{{}}'::change_kind[]
-                    -- Only marked in Label Studio, not worked on again: what was decided stays.
-                    WHEN before.status = 'completed' AND before.result = f.result THEN before.conflict_kinds
-                    ELSE changed.kinds
-                END AS conflict_kinds,
-                before.annotation_id IS NULL AS is_new
-            FROM work AS w
-            INNER JOIN feed AS f USING (id)
-            INNER JOIN tasks AS t USING (task_key)
-            INNER JOIN samples AS s USING (sample_id)
-            LEFT JOIN submitted_annotations AS before ON before.label_studio_annotation_id = f.id
-            CROSS JOIN LATERAL (
-                -- The lead time of work that is sent in again has grown by the breaks; the first one counts.
-                SELECT coalesce(before.began_at, least(
-                    f.created_at - make_interval(secs => greatest(coalesce(f.lead_time, 0), 0)), f.draft_created_at
-                )) AS at
-            ) AS began
-            CROSS JOIN LATERAL (
-                -- Before the first showing nobody can have seen anything: clocks differ, or the lead time is wrong.
-                SELECT shown.sync_version, shown.audio_file_md5
-                FROM task_showings AS shown
-                WHERE shown.task_key = w.task_key
-                ORDER BY shown.shown_since <= began.at DESC, abs(extract(epoch FROM shown.shown_since - began.at))
-                LIMIT 1
-            ) AS shown
-            CROSS JOIN LATERAL (
-                SELECT coalesce(array_agg(DISTINCT c.kind), '{{}}') AS kinds
-                FROM sample_changes AS c
-                WHERE c.sample_id = t.sample_id
-                    AND c.sync_version > shown.sync_version
-                    AND c.kind = ANY (relevant_changes({task_type}::task_type))
-                    AND c.task_key IS DISTINCT FROM w.task_key
-            ) AS changed
-            CROSS JOIN LATERAL ({extract}) AS said
-            WHERE w.position >= {start} AND w.position < {end}
-            """
-        ).format(
-            task_type=pull.task_type.name,
-            extract=extract.format(control=pull.task_type.control),
-            start=start,
-            end=end,
-        )
-    )
-    pull.data_factory.execute("ANALYZE verdict")
-
-
-# Controls are found by from_name: a note in another text area is not the transcript.
-TEXT = sql.SQL(
-    """
-    SELECT
-        said.text,
-        NULL::jsonb AS segments,
-        CASE
-            WHEN said.text IS NULL THEN 'nothing was entered in ' || {control}
-            WHEN said.text !~ '\\S' THEN {control} || ' is empty'
-        END AS problem
-    FROM (
-        SELECT string_agg(normalize(part #>> '{{}}'), E'\\n' ORDER BY number) AS text
-        FROM jsonb_path_query(
-            f.result, '$[*] ? (@.from_name == $control).value.text[*]', jsonb_build_object('control', {control}::text)
-        ) WITH ORDINALITY AS parts (part, number)
-    ) AS said
-    """
-)
-SEGMENTS = sql.SQL(
-    """
-    SELECT
-        NULL AS text,
-        said.segments,
-        CASE
-            WHEN said.segments IS NULL THEN 'no region was marked with ' || {control}
-            WHEN said.broken THEN 'a region lacks its start, end or label, or ends before it starts'
-        END AS problem
-    FROM (
-        SELECT
-            jsonb_agg(
-                jsonb_build_object(
-                    'start', region #> '{{value,start}}', 'end', region #> '{{value,end}}',
-                    'label', region #> '{{value,labels,0}}', 'tags', coalesce(tags.tags, '[]')
-                )
-                ORDER BY CASE jsonb_typeof(region #> '{{value,start}}')
-                    WHEN 'number' THEN (region #>> '{{value,start}}')::numeric END, number
-            ) AS segments,
-            bool_or(
-                CASE
-                    WHEN jsonb_typeof(region #> '{{value,start}}') = 'number'
-                        AND jsonb_typeof(region #> '{{value,end}}') = 'number'
-                        AND jsonb_typeof(region #> '{{value,labels,0}}') = 'string'
-                    THEN (region #>> '{{value,start}}')::numeric >= (region #>> '{{value,end}}')::numeric
-                    ELSE true
-                END
-            ) AS broken
-        FROM jsonb_path_query(
-            f.result, '$[*] ? (@.from_name == $control)', jsonb_build_object('control', {control}::text)
-        ) WITH ORDINALITY AS regions (region, number)
-        LEFT JOIN LATERAL (
-            SELECT jsonb_agg(tag) AS tags
-            FROM jsonb_path_query(
-                f.result, '$[*] ? (@.from_name == "segment_tags" && @.id == $region).value.choices[*]',
-                jsonb_build_object('region', region -> 'id')
-            ) AS tag
-        ) AS tags ON true
-    ) AS said
-    """
-)
-
-
-def withdraw_revisions(pull: Pull) -> Sequence[UUID]:
-    """Withdraw what these annotations caused before and no longer say; returns the samples."""
-    rows = pull.data_factory.execute(
-        """
-        UPDATE revisions AS r
-        SET withdrawn_at = clock_timestamp()
-        FROM verdict AS v
-        INNER JOIN submitted_annotations AS a ON a.label_studio_annotation_id = v.id
-        WHERE NOT v.is_new
-            AND r.annotation_id = a.annotation_id
-            AND r.withdrawn_at IS NULL
-            AND (
-                v.status <> 'completed'
-                OR v.conflict_kinds <> '{}'
-                OR r.text IS DISTINCT FROM v.text
-                OR r.segments IS DISTINCT FROM v.segments
-            )
-        RETURNING r.sample_id
-        """
-    ).fetchall()
-    return [sample_id for (sample_id,) in rows]
 
 
 def add_revisions(pull: Pull) -> int:
@@ -603,41 +603,35 @@ def add_revisions(pull: Pull) -> int:
         """
         WITH finished AS MATERIALIZED (
             SELECT
-                v.sample_id, v.task_key, v.text, v.segments, v.audio_file_md5, a.annotation_id, s.transcript_language,
-                w.pseudonym,
-                row_number() OVER (PARTITION BY v.sample_id ORDER BY v.updated_at, v.id) AS number
+                v.sample_id, v.task_key, v.text, v.segments, v.audio_file_md5, a.annotation_id, w.pseudonym,
+                row_number() OVER of_sample AS number,
+                v.current_version + row_number() OVER of_sample AS sync_version
             FROM verdict AS v
             INNER JOIN submitted_annotations AS a ON a.label_studio_annotation_id = v.id
-            INNER JOIN samples AS s ON s.sample_id = v.sample_id
             LEFT JOIN annotators AS w USING (annotator_id)
             WHERE v.status = 'completed' AND v.conflict_kinds = '{}' AND v.gold_id IS NULL
-                AND NOT EXISTS (
-                    SELECT FROM revisions AS r WHERE r.annotation_id = a.annotation_id AND r.withdrawn_at IS NULL
-                )
-        ),
-        raised AS (
-            UPDATE samples AS s
-            SET sync_version = s.sync_version + f.number, updated_at = now()
-            FROM (SELECT sample_id, count(*) AS number FROM finished GROUP BY sample_id) AS f
-            WHERE s.sample_id = f.sample_id
-            RETURNING s.sample_id, s.sync_version - f.number AS version_before
+                AND (v.is_new OR NOT EXISTS (
+                    SELECT FROM revisions AS r
+                    WHERE r.annotation_id = a.annotation_id AND r.withdrawn_at IS NULL
+                        AND r.text IS NOT DISTINCT FROM v.text AND r.segments IS NOT DISTINCT FROM v.segments
+                ))
+            WINDOW of_sample AS (PARTITION BY v.sample_id ORDER BY v.updated_at, v.id)
         ),
         noted AS (
             INSERT INTO sample_changes (sample_id, sync_version, kind, content_hash, source, task_key, run_id)
             SELECT
-                f.sample_id, r.version_before + f.number, %(kind)s::text::change_kind,
-                md5(coalesce(f.text, f.segments::text)), 'human', f.task_key, %(run)s
-            FROM finished AS f INNER JOIN raised AS r USING (sample_id)
+                f.sample_id, f.sync_version, %(kind)s::text::change_kind, md5(coalesce(f.text, f.segments::text)),
+                'human', f.task_key, %(run)s
+            FROM finished AS f
         )
         INSERT INTO revisions (
             sample_id, kind, version, sync_version, text, segments, language, source, annotation_id, created_by,
             audio_file_md5
         )
         SELECT
-            f.sample_id, %(kind)s::text::revision_kind, coalesce(latest.version, 0) + f.number, r.version_before + f.number,
+            f.sample_id, %(kind)s::text::revision_kind, coalesce(latest.version, 0) + f.number, f.sync_version,
             f.text, f.segments, latest.language, 'human', f.annotation_id, f.pseudonym, f.audio_file_md5
         FROM finished AS f
-        INNER JOIN raised AS r USING (sample_id)
         LEFT JOIN LATERAL (
             SELECT version, language FROM revisions
             WHERE sample_id = f.sample_id AND kind = %(kind)s::text::revision_kind
@@ -645,51 +639,67 @@ def add_revisions(pull: Pull) -> int:
             LIMIT 1
         ) AS latest ON true
         """,
-        {"kind": pull.task_type.revision_kind, "run": pull.run_id or None},
+        {"kind": pull.task_type.revision_kind, "run": pull.run_id},
     ).rowcount
 
 
-def note_withdrawals(pull: Pull, sample_ids: Sequence[UUID]) -> None:
-    """Note in the change ledger that samples fell back to an earlier text."""
-    if not sample_ids:
-        return
+# What these annotations caused before and do not say any more.
+LAPSED = sql.SQL(
+    """
+    SELECT r.revision_id
+    FROM verdict AS v
+    INNER JOIN submitted_annotations AS a ON a.label_studio_annotation_id = v.id
+    INNER JOIN revisions AS r USING (annotation_id)
+    WHERE NOT v.is_new AND (
+        v.status <> 'completed' OR v.conflict_kinds <> '{}'
+        OR r.text IS DISTINCT FROM v.text OR r.segments IS DISTINCT FROM v.segments
+    )
+    """
+)
+
+
+def withdraw_revisions(pull: Pull, lapsed: sql.Composable) -> None:
+    """Withdraw revisions; a sample that falls back to an earlier text by it has changed, and the ledger says so.
+
+    Args:
+        pull: the pull.
+        lapsed: query of the revisions' ids.
+    """
     pull.data_factory.execute(
-        """
-        WITH raised AS (
-            UPDATE samples AS s
-            SET sync_version = s.sync_version + 1, updated_at = now()
-            WHERE s.sample_id = ANY (%(samples)s)
-            RETURNING s.sample_id, s.sync_version
-        )
-        INSERT INTO sample_changes (sample_id, sync_version, kind, content_hash, source, run_id, task_key)
-        SELECT
-            r.sample_id, r.sync_version, %(kind)s::text::change_kind,
-            (
-                SELECT md5(coalesce(c.text, c.segments::text)) FROM revisions AS c
-                WHERE c.sample_id = r.sample_id AND c.kind = %(kind)s::text::revision_kind AND c.withdrawn_at IS NULL
-                ORDER BY c.version DESC
-                LIMIT 1
-            ),
-            'human', %(run)s,
-            (
-                SELECT t.task_key FROM tasks AS t
-                WHERE t.sample_id = r.sample_id AND t.task_type = %(task_type)s
-                ORDER BY t.reserved_at DESC
-                LIMIT 1
+        sql.SQL(
+            """
+            WITH withdrawn AS (
+                UPDATE revisions SET withdrawn_at = clock_timestamp()
+                WHERE revision_id IN ({lapsed}) AND withdrawn_at IS NULL
+                RETURNING revision_id, sample_id, kind, version, annotation_id
             )
-        FROM raised AS r
-        """,
-        {
-            "samples": sample_ids,
-            "kind": pull.task_type.revision_kind,
-            "run": pull.run_id or None,
-            "task_type": pull.task_type.name,
-        },
+            INSERT INTO sample_changes (sample_id, sync_version, kind, content_hash, source, run_id, task_key)
+            SELECT
+                w.sample_id, s.sync_version + 1, w.kind::text::change_kind,
+                (
+                    SELECT md5(coalesce(r.text, r.segments::text)) FROM revisions AS r
+                    WHERE r.sample_id = w.sample_id AND r.kind = w.kind AND r.withdrawn_at IS NULL
+                        AND r.revision_id NOT IN (SELECT revision_id FROM withdrawn)
+                    ORDER BY r.version DESC
+                    LIMIT 1
+                ),
+                'human', %s, a.task_key
+            FROM withdrawn AS w
+            INNER JOIN samples AS s USING (sample_id)
+            INNER JOIN submitted_annotations AS a USING (annotation_id)
+            WHERE NOT EXISTS (
+                SELECT FROM revisions AS newer
+                WHERE newer.sample_id = w.sample_id AND newer.kind = w.kind AND newer.version > w.version
+                    AND newer.withdrawn_at IS NULL
+            )
+            """
+        ).format(lapsed=lapsed),
+        [pull.run_id],
     )
 
 
-def settle_tasks(pull: Pull, task_keys: str) -> None:
-    """Bring tasks to the state that their annotations give them, and lock or unlock their samples accordingly.
+def settle(pull: Pull, task_keys: sql.Composable) -> None:
+    """Bring tasks to the state that their annotations give them, and their samples to what ledger and tasks say.
 
     Args:
         pull: the pull.
@@ -702,14 +712,17 @@ def settle_tasks(pull: Pull, task_keys: str) -> None:
             SET
                 state = now_is.state,
                 closed_at = CASE WHEN now_is.state <> 'open' THEN coalesce(t.closed_at, clock_timestamp()) END,
-                in_progress_since = NULL
+                in_progress_since = CASE WHEN now_is.state = 'open' THEN t.in_progress_since END
             FROM (
                 SELECT
                     o.task_key,
                     CASE
-                        WHEN a.conflicts > 0 THEN 'conflict'
-                        WHEN a.completed >= o.planned_overlap THEN 'done'
-                        WHEN a.completed = 0 AND a.skipped > 0 THEN 'skipped'
+                        WHEN o.state = 'deleted' AND count(a.task_key) = 0 THEN 'deleted'
+                        WHEN count(*) FILTER (
+                            WHERE a.status = 'completed' AND a.conflict_detected AND a.conflict_resolution IS NULL
+                        ) > 0 THEN 'conflict'
+                        WHEN count(*) FILTER (WHERE a.status = 'completed') >= o.planned_overlap THEN 'done'
+                        WHEN bool_and(a.status = 'skipped') AND count(*) >= o.planned_overlap THEN 'skipped'
                         -- A task that was replaced by a newer one does not come back.
                         WHEN o.state <> 'open' AND EXISTS (
                             SELECT FROM tasks AS newer
@@ -719,47 +732,47 @@ def settle_tasks(pull: Pull, task_keys: str) -> None:
                         ELSE 'open'
                     END::task_state AS state
                 FROM tasks AS o
-                CROSS JOIN LATERAL (
-                    SELECT
-                        count(*) FILTER (
-                            WHERE a.status = 'completed' AND a.conflict_detected AND a.conflict_resolution IS NULL
-                        ) AS conflicts,
-                        count(*) FILTER (WHERE a.status = 'completed') AS completed,
-                        count(*) FILTER (WHERE a.status = 'skipped') AS skipped
-                    FROM submitted_annotations AS a
-                    WHERE a.task_key = o.task_key
-                ) AS a
+                LEFT JOIN submitted_annotations AS a
+                    ON a.task_key = o.task_key AND a.status NOT IN ('withdrawn', 'invalid')
                 WHERE o.task_key IN ({task_keys})
+                GROUP BY o.task_key
             ) AS now_is
-            WHERE t.task_key = now_is.task_key AND (t.state <> now_is.state OR t.in_progress_since IS NOT NULL)
+            WHERE t.task_key = now_is.task_key AND t.state <> now_is.state
             """
-        ).format(task_keys=sql.SQL(task_keys))
+        ).format(task_keys=task_keys)
     )
-    lock_samples(pull, task_keys)
-
-
-def lock_samples(pull: Pull, task_keys: str) -> None:
-    """Samples with an open task are locked, the others are not."""
     pull.data_factory.execute(
         sql.SQL(
             """
+            WITH now_is AS MATERIALIZED (
+                SELECT
+                    o.sample_id,
+                    greatest(
+                        o.sync_version,
+                        (SELECT max(c.sync_version) FROM sample_changes AS c WHERE c.sample_id = o.sample_id)
+                    ) AS sync_version,
+                    CASE
+                        WHEN o.locked_by <> 'label_studio' THEN o.locked_by
+                        WHEN o.removed_at IS NULL AND EXISTS (
+                            -- Label Studio offers a skipped task to the other annotators.
+                            SELECT FROM tasks AS t
+                            WHERE t.sample_id = o.sample_id AND t.state IN ('reserved', 'open', 'skipped')
+                        ) THEN 'label_studio'
+                    END AS locked_by
+                FROM samples AS o
+                WHERE o.sample_id IN (SELECT t.sample_id FROM tasks AS t WHERE t.task_key IN ({task_keys}))
+            )
             UPDATE samples AS s
             SET
-                locked_by = CASE WHEN o.is_open THEN 'label_studio' END,
-                locked_at = CASE WHEN o.is_open THEN clock_timestamp() END
-            FROM (
-                SELECT t.sample_id, bool_or(every_task.state IN ('reserved', 'open')) AS is_open
-                FROM (SELECT DISTINCT sample_id FROM tasks WHERE task_key IN ({task_keys})) AS t
-                INNER JOIN tasks AS every_task USING (sample_id)
-                GROUP BY t.sample_id
-            ) AS o
-            WHERE s.sample_id = o.sample_id
-                AND (
-                    (o.is_open AND s.locked_by IS NULL AND s.removed_at IS NULL)
-                    OR (NOT o.is_open AND s.locked_by = 'label_studio')
-                )
+                sync_version = now_is.sync_version,
+                locked_by = now_is.locked_by,
+                locked_at = CASE WHEN now_is.locked_by IS NOT NULL THEN coalesce(s.locked_at, clock_timestamp()) END,
+                updated_at = CASE WHEN now_is.sync_version > s.sync_version THEN now() ELSE s.updated_at END
+            FROM now_is
+            WHERE s.sample_id = now_is.sample_id
+                AND (s.sync_version, s.locked_by) IS DISTINCT FROM (now_is.sync_version, now_is.locked_by)
             """
-        ).format(task_keys=sql.SQL(task_keys))
+        ).format(task_keys=task_keys)
     )
 
 
@@ -789,24 +802,20 @@ def count_verdicts(pull: Pull) -> None:
 # Deletions and drafts
 
 
-def withdraw_deleted(pull: Pull) -> None:
+def withdraw_deleted(pull: Pull, reading: Reading) -> None:
     """Withdraw annotations and close tasks that are gone from Label Studio."""
     df = pull.data_factory
-    if df.execute("SELECT FROM reading WHERE compared").fetchone() is None:
-        return
     df.execute(
         """
-        DROP TABLE IF EXISTS pg_temp.gone;
-        CREATE TEMPORARY TABLE gone (annotation_id uuid, task_key uuid, sample_id uuid);
-        DROP TABLE IF EXISTS pg_temp.gone_tasks;
-        CREATE TEMPORARY TABLE gone_tasks (task_key uuid, sample_id uuid);
+        DROP TABLE IF EXISTS pg_temp.gone, pg_temp.gone_tasks;
+        CREATE TEMPORARY TABLE gone (annotation_id uuid, task_key uuid);
+        CREATE TEMPORARY TABLE gone_tasks (task_key uuid);
         """
     )
-    # What was pushed while this pull was reading is not in what it read.
     gone = df.execute(
         """
         INSERT INTO gone
-        SELECT a.annotation_id, t.task_key, t.sample_id
+        SELECT a.annotation_id, t.task_key
         FROM submitted_annotations AS a
         INNER JOIN tasks AS t USING (task_key)
         WHERE t.project_id = %s AND a.status <> 'withdrawn'
@@ -814,16 +823,16 @@ def withdraw_deleted(pull: Pull) -> None:
         """,
         [pull.project_id],
     ).rowcount
+    # What was pushed while this pull was reading is not in what it read.
     gone_tasks = df.execute(
         """
         INSERT INTO gone_tasks
-        SELECT t.task_key, t.sample_id
+        SELECT t.task_key
         FROM tasks AS t
-        WHERE t.project_id = %s AND t.state NOT IN ('reserved', 'failed', 'deleted')
-            AND t.pushed_at < (SELECT began_at FROM reading)
+        WHERE t.project_id = %s AND t.state NOT IN ('reserved', 'failed', 'deleted') AND t.pushed_at < %s
             AND NOT EXISTS (SELECT FROM live_tasks AS l WHERE l.id = t.label_studio_task_id)
         """,
-        [pull.project_id],
+        [pull.project_id, reading.began_at],
     ).rowcount
     if gone + gone_tasks == 0:
         return
@@ -840,31 +849,24 @@ def withdraw_deleted(pull: Pull) -> None:
             pull.project_id,
         )
         return
-    df.execute("SELECT FROM samples WHERE sample_id IN (SELECT sample_id FROM gone) ORDER BY sample_id FOR UPDATE")
-    rows = df.execute(
-        """
-        UPDATE revisions SET withdrawn_at = clock_timestamp()
-        WHERE withdrawn_at IS NULL AND annotation_id IN (SELECT annotation_id FROM gone)
-        RETURNING sample_id
-        """
-    ).fetchall()
+    touched = sql.SQL("SELECT task_key FROM gone UNION SELECT task_key FROM gone_tasks")
+    lock_samples(pull, touched)
+    withdraw_revisions(pull, sql.SQL("SELECT r.revision_id FROM gone INNER JOIN revisions AS r USING (annotation_id)"))
     df.execute(
         """
         UPDATE submitted_annotations
         SET status = 'withdrawn', problem = NULL, conflict_detected = false, pulled_at = clock_timestamp(), run_id = %s
         WHERE annotation_id IN (SELECT annotation_id FROM gone)
         """,
-        [pull.run_id or None],
+        [pull.run_id],
     )
-    note_withdrawals(pull, sorted({sample_id for (sample_id,) in rows}))
     df.execute(
         """
         UPDATE tasks SET state = 'deleted', closed_at = clock_timestamp(), in_progress_since = NULL
         WHERE task_key IN (SELECT task_key FROM gone_tasks)
         """
     )
-    settle_tasks(pull, "SELECT task_key FROM gone EXCEPT SELECT task_key FROM gone_tasks")
-    lock_samples(pull, "SELECT task_key FROM gone_tasks")
+    settle(pull, touched)
     pull.counts.withdrawn = gone
     pull.counts.deleted_tasks = gone_tasks
 
@@ -885,17 +887,17 @@ def note_drafts(pull: Pull) -> None:
 
 
 def move_cursor(pull: Pull, cursor: Cursor) -> None:
-    """Remember how far Label Studio was read; what was not accepted is asked about again."""
-    if pull.unaccepted_deletions:
-        return
+    """Remember how far Label Studio was read."""
     pull.data_factory.execute(
         """
         INSERT INTO pull_cursors (
-            project_id, read_until, tasks_max_id, tasks_fingerprint, annotations_max_id, annotations_fingerprint
+            project_id, read_until, unsettled_xid, tasks_max_id, tasks_fingerprint, annotations_max_id,
+            annotations_fingerprint
         )
-        VALUES (%s, %s, %s, %s, %s, %s)
+        VALUES (%s, %s, %s, %s, %s, %s, %s)
         ON CONFLICT (project_id) DO UPDATE SET
             read_until = excluded.read_until,
+            unsettled_xid = excluded.unsettled_xid,
             tasks_max_id = excluded.tasks_max_id,
             tasks_fingerprint = excluded.tasks_fingerprint,
             annotations_max_id = excluded.annotations_max_id,

@@ -134,6 +134,10 @@ class Annotator:
     address: str
     session: requests.Session = field(default_factory=requests.Session)
 
+    def __post_init__(self) -> None:
+        # gunicorn drops idle connections after two seconds, possibly while the next request is on its way.
+        self.session.headers["Connection"] = "close"
+
     @classmethod
     def invited(cls, address: str, admin_token: str, email: str) -> "Annotator":
         """Sign up with an invitation, as a new annotator does."""

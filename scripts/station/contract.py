@@ -41,6 +41,8 @@ COLUMNS: dict[str, dict[str, str]] = {
         "completed_by_id": "integer",
         "lead_time": "double precision",
         "draft_created_at": "timestamp with time zone",
+        # PostgreSQL's own: which transaction wrote the row.
+        "xmin": "xid",
     },
     "tasks_annotationdraft": {
         "id": "integer|bigint",
@@ -71,7 +73,7 @@ def breaches(connection: Connection) -> list[str]:
             FROM pg_attribute AS a
             INNER JOIN pg_class AS c ON c.oid = a.attrelid
             WHERE c.oid = ANY (SELECT to_regclass(name) FROM unnest(%s::text[]) AS name)
-                AND a.attnum > 0 AND NOT a.attisdropped AND has_column_privilege(c.oid, a.attnum, 'SELECT')
+                AND NOT a.attisdropped AND has_column_privilege(c.oid, a.attnum, 'SELECT')
             """,
             [list(COLUMNS)],
         ).fetchall()

@@ -42,7 +42,9 @@ def connect(settings: Settings, setting: str, script: str) -> Connection:
             application_name=f"labelstation-{script}",
             # A script that was killed must not go on inside the server.
             options="-c client_connection_check_interval=1s -c idle_in_transaction_session_timeout=15min"
-            " -c lock_timeout=60s -c timezone=UTC",
+            " -c lock_timeout=60s -c timezone=UTC"
+            # Statements handle whole batches: they should sort in memory, and compiling them takes longer than they do.
+            " -c work_mem=64MB -c jit=off",
         )
     except psycopg.OperationalError as error:
         # The other lines are hints, and what each of several addresses said.

@@ -53,6 +53,8 @@ class LabelStudio:
         self._timeout = (_CONNECT_SECONDS, settings.label_studio_timeout_seconds)
         self._session = requests.Session()
         self._renewable = _is_personal_access_token(self._token)
+        # gunicorn drops idle connections after two seconds: the next request on one breaks, though nothing is wrong.
+        self._session.headers["Connection"] = "close"
         self._access_expires = 0.0
         self._authorization = f"Token {self._token}"
         # A function and not a header, which an entry in ~/.netrc would replace.

@@ -23,6 +23,10 @@ class Annotator:
     address: str
     session: requests.Session = field(default_factory=requests.Session)
 
+    def __post_init__(self) -> None:
+        """Make each request on a connection of its own: gunicorn drops idle ones after two seconds."""
+        self.session.headers["Connection"] = "close"
+
     @classmethod
     def with_token(cls, address: str, token: str) -> "Annotator":
         """The account that a legacy token belongs to."""

@@ -18,7 +18,9 @@ CREATE TABLE runs (
     dvc_revision text,
     counts jsonb NOT NULL DEFAULT '{}'
 );
-COMMENT ON TABLE runs IS 'One row for each run of a script that writes; finished_at stays NULL when it was killed.';
+COMMENT ON TABLE runs IS
+'One row for each run of a script that writes; finished_at stays NULL when it was killed. Rows are never deleted, so '
+'columns run_id elsewhere go without a foreign key, whose checks would be a good part of every bulk write.';
 CREATE INDEX runs_latest ON runs (script, task_type, started_at DESC);
 
 CREATE VIEW sync_runs AS
@@ -84,7 +86,6 @@ CREATE TABLE sample_changes (
     dvc_revision text,
     source change_source NOT NULL,
     task_key uuid,
-    -- No foreign key: runs are never deleted, and checking it took half the time of a ledger row.
     run_id bigint,
     PRIMARY KEY (sample_id, sync_version, kind)
 );

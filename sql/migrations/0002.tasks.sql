@@ -43,7 +43,7 @@ CREATE TABLE tasks (
     reserved_at timestamptz NOT NULL DEFAULT clock_timestamp(),
     pushed_at timestamptz,
     closed_at timestamptz,
-    run_id bigint REFERENCES runs,
+    run_id bigint,
     CHECK (state IN ('reserved', 'failed') OR label_studio_task_id IS NOT NULL)
 );
 COMMENT ON COLUMN tasks.task_key IS 'Made before the push and sent in the task''s meta: finds the task again after a crash.';
@@ -67,9 +67,11 @@ COMMENT ON TABLE task_showings IS 'Which version a task showed, and since when.'
 ALTER TABLE sample_changes ADD CONSTRAINT sample_changes_task_key_fkey FOREIGN KEY (task_key) REFERENCES tasks;
 
 CREATE TABLE annotators (
-    annotator_id integer GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
+    annotator_id integer PRIMARY KEY CHECK (annotator_id > 0),
     label_studio_user_id integer NOT NULL UNIQUE,
-    pseudonym text NOT NULL UNIQUE GENERATED ALWAYS AS ('annotator-' || lpad(annotator_id::text, 3, '0')) STORED
+    pseudonym text NOT NULL UNIQUE GENERATED ALWAYS AS (
+        'annotator-' || lpad(annotator_id::text, greatest(3, length(annotator_id::text)), '0')
+    ) STORED
 );
 COMMENT ON TABLE annotators IS 'People by pseudonym: names and addresses stay in Label Studio.';
 
@@ -95,7 +97,7 @@ CREATE TABLE submitted_annotations (
     conflict_resolution conflict_resolution,
     resolved_at timestamptz,
     resolved_by text,
-    run_id bigint REFERENCES runs,
+    run_id bigint,
     CHECK ((status = 'invalid') = (problem IS NOT NULL))
 );
 COMMENT ON COLUMN submitted_annotations.began_at IS 'created_at - lead_time, or the start of the draft if that is earlier.';
@@ -110,13 +112,15 @@ FOREIGN KEY (annotation_id) REFERENCES submitted_annotations;
 CREATE TABLE pull_cursors (
     project_id integer PRIMARY KEY,
     read_until timestamptz NOT NULL,
+    unsettled_xid text,
     tasks_max_id bigint NOT NULL DEFAULT 0,
     tasks_fingerprint text NOT NULL DEFAULT '0:0',
     annotations_max_id bigint NOT NULL DEFAULT 0,
     annotations_fingerprint text NOT NULL DEFAULT '0:0'
 );
 COMMENT ON TABLE pull_cursors IS
-'read_until: everything in Label Studio that changed before it was pulled. The fingerprints (count:sum of ids up to '
+'read_until: everything in Label Studio that changed before it was pulled, but for what transactions from unsettled_xid on '
+'wrote, which were open then (NULL: none were). The fingerprints (count:sum of ids up to '
 'max_id) tell whether a row that was seen has gone.';
 
 CREATE TABLE webhook_events (

@@ -9,7 +9,7 @@ CREATE TABLE exports (
     audio_file_md5 text,
     entry jsonb NOT NULL,
     exported_at timestamptz NOT NULL DEFAULT clock_timestamp(),
-    run_id bigint REFERENCES runs,
+    run_id bigint,
     PRIMARY KEY (destination, task_type, sample_id)
 );
 COMMENT ON TABLE exports IS 'Which revision of a sample lies in which folder. A newer revision is exported again.';
