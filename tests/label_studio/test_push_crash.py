@@ -1,5 +1,6 @@
 """Whatever happens to a push, each sample ends up with exactly one task, and the ledger knows which."""
 
+import json
 import random
 import signal
 import subprocess
@@ -190,7 +191,8 @@ def test_an_import_that_label_studio_is_still_at_when_the_next_push_looks(statio
         # Longer than it would wait if nothing were at work in Label Studio.
         began = time.monotonic()
         eventually(lambda: time.monotonic() > began + SETTLE_SECONDS + 2, "the next push has looked for long")
-    assert '"recovered": 30' in finish(again)[0]
+    done = json.loads(finish(again)[0])
+    assert (done["recovered"], done["twins_removed"]) == (30, 0)
     assert_pushed_once(station, samples)
 
 
