@@ -1,9 +1,9 @@
 """Which samples get a task, and what the task shows, on a real Label Studio."""
 
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import psycopg
 import pytest
@@ -429,16 +429,12 @@ def test_an_access_token_is_renewed_before_it_expires(
         assert [path for _method, path in proxy.requests][3:] == ["/api/token/refresh", "/api/current-user/whoami"]
 
 
-@pytest.fixture
-def netrc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def test_a_password_for_the_same_host_in_netrc_does_not_replace_the_token(
+    station: Station, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     file = tmp_path / "netrc"
-    file.write_text("machine 127.0.0.1 login somebody password else\n")
+    file.write_text(f"machine {urlsplit(station.address).hostname} login somebody password else\n")
     file.chmod(0o600)
     monkeypatch.setenv("NETRC", str(file))
-    yield
-
-
-@pytest.mark.usefixtures("netrc")
-def test_a_password_for_the_same_host_in_netrc_does_not_replace_the_token(station: Station) -> None:
     label_studio = LabelStudio(Settings(label_studio_url=station.address, label_studio_api_key=station.token))
     assert label_studio.whoami().startswith("admin@")
