@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,10 +38,16 @@ def schema_template(postgres: LocalPostgres, tmp_path_factory: pytest.TempPathFa
 @pytest.fixture
 def data_factory(postgres: LocalPostgres, schema_template: str, request: pytest.FixtureRequest) -> Iterator[str]:
     """Name of a data_factory database that only this test uses."""
-    name = f"test_{abs(hash(request.node.nodeid)):x}"
+    with copied_database(postgres, schema_template, f"test_{abs(hash(request.node.nodeid)):x}") as name:
+        yield name
+
+
+@contextmanager
+def copied_database(postgres: LocalPostgres, template: str, name: str) -> Iterator[str]:
+    """A copy of a database that goes away at the end."""
     with psycopg.connect(postgres.dsn("postgres", "postgres"), autocommit=True) as admin:
         create = sql.SQL("CREATE DATABASE {} TEMPLATE {} OWNER labelstation_owner")
-        admin.execute(create.format(sql.Identifier(name), sql.Identifier(schema_template)))
+        admin.execute(create.format(sql.Identifier(name), sql.Identifier(template)))
         admin.execute(sql.SQL("GRANT CONNECT ON DATABASE {} TO labelstation").format(sql.Identifier(name)))
     yield name
     with psycopg.connect(postgres.dsn("postgres", "postgres"), autocommit=True) as admin:

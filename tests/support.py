@@ -5,6 +5,8 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,6 +30,24 @@ def run_script(name: str, *arguments: str, env_file: Path, **environment: str) -
         check=False,
         timeout=240,
     )
+
+
+@contextmanager
+def start_script(name: str, *arguments: str, env_file: Path) -> Iterator[subprocess.Popen[str]]:
+    """Start one of the scripts and go on; it is killed at the end if it still runs."""
+    running = subprocess.Popen(
+        [sys.executable, str(PROJECT / "scripts" / f"{name}.py"), "--env-file", str(env_file), *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=env_file.parent,
+        env={"PATH": os.environ["PATH"]},
+    )
+    with running:
+        try:
+            yield running
+        finally:
+            running.kill()
 
 
 def write_settings(file: Path, **settings: str) -> Path:

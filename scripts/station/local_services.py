@@ -242,8 +242,8 @@ class Server:
 
     @property
     def address(self) -> str:
-        """Its address."""
-        return f"http://127.0.0.1:{self.port}"
+        """Its address; by this name Label Studio's own pages call it too."""
+        return f"http://localhost:{self.port}"
 
     @property
     def _pid_file(self) -> Path:
