@@ -11,8 +11,9 @@ import pytest
 from conftest import RunningLabelStudio, Station
 from faulty_proxy import Answer, Exchange, Held, eventually, faulty_proxy, never_carried_out
 from station.label_studio import LabelStudio
+from station.local_annotator import Annotator
 from station.settings import Settings
-from support import Annotator, Connection, add_sample, change_audio, change_text, finish, launch_script, text_result
+from support import Connection, add_sample, change_audio, change_text, finish, launch_script, text_result
 
 TRANSCRIPT = "transcript_correction"
 TRANSLATION = "translation_review"
@@ -29,7 +30,7 @@ def station(shared_station: Station) -> Station:
 def personal_access_token(running_label_studio: RunningLabelStudio) -> str:
     admin = running_label_studio.account
     address = running_label_studio.address
-    person = Annotator.invited(address, admin.token, "pat@labelstation.example")
+    person = Annotator.with_token(address, admin.token).invite("pat@labelstation.example", "correct horse")
     return str(person.call("POST", "/api/token/")["token"])
 
 
