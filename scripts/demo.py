@@ -39,12 +39,13 @@ from station.local_services import (
 )
 from station.task_types import TASK_TYPES
 
-FOLDER = PROJECT / ".local" / "demo"
+FOLDER = Path(os.environ.get("LABELSTATION_DEMO_FOLDER") or PROJECT / ".local" / "demo")
 CORPUS = PROJECT / "demo" / "corpus"
 TRUTH = PROJECT / "demo" / "truth.jsonl"
 ENV_FILE = FOLDER / "station.env"
 RAW, REVIEWED = FOLDER / "data" / "raw", FOLDER / "data" / "reviewed"
 PEOPLE = ("an", "binh", "chi")
+PORTS = "ports.json"
 # So many tasks of each project stay open for whoever looks at the demo.
 LEFT_OPEN = 2
 # What the first round pushes; samples with an open task are locked for the other task types.
@@ -125,11 +126,9 @@ def stop_running() -> ExitCode:
 
 def ports(options: argparse.Namespace) -> tuple[int, int]:
     """Ports asked for, else those of the last run (tasks hold the audio server's address), else the usual ones."""
-    note = FOLDER / "ports.json"
+    note = FOLDER / PORTS
     last = json.loads(note.read_text()) if note.exists() else [8085, 8081]
-    chosen = (options.label_studio_port or last[0], options.audio_port or last[1])
-    note.write_text(json.dumps(chosen))
-    return chosen
+    return options.label_studio_port or last[0], options.audio_port or last[1]
 
 
 # Servers
@@ -158,6 +157,7 @@ class Services:
                 self.label_studio.start()
             with step(console, "audio server"):
                 audio.result()
+        (FOLDER / PORTS).write_text(json.dumps([self.label_studio.port, self.audio.port]))
         write_settings(self, account)
         return account
 

@@ -3,7 +3,7 @@
 
 import argparse
 from pathlib import Path
-from urllib.parse import quote, urlencode
+from urllib.parse import urlencode
 
 import psycopg
 import psycopg.conninfo
@@ -51,6 +51,8 @@ def _migrate(settings: Settings, options: argparse.Namespace) -> list[str]:
     connection = connect(settings, "data_factory_owner_dsn", "migrate")
     if connection.execute("SELECT FROM pg_roles WHERE rolname = 'labelstation'").fetchone() is None:
         raise SettingError("DATA_FACTORY_OWNER_DSN: the cluster has no role labelstation: run sql/cluster.sql first")
+    if connection.execute("SELECT has_schema_privilege('public', 'CREATE')").fetchone() != (True,):
+        raise SettingError("DATA_FACTORY_OWNER_DSN: this role may not make tables: name the database's owner")
     with connection, exclusive(connection, "migrate"):
         backend = yoyo.get_backend(_yoyo_address(settings.require("data_factory_owner_dsn")))
         try:
@@ -70,18 +72,9 @@ def _migrate(settings: Settings, options: argparse.Namespace) -> list[str]:
 
 
 def _yoyo_address(dsn: str) -> str:
-    """The DSN as a URL, the only form that yoyo takes."""
-    parts = {key: str(value) for key, value in psycopg.conninfo.conninfo_to_dict(dsn).items() if value is not None}
-    user, password = quote(parts.pop("user", ""), safe=""), parts.pop("password", None)
-    database = quote(parts.pop("dbname", ""), safe="")
-    secret = f":{quote(password, safe='')}" if password is not None else ""
-    host = parts.pop("host", "")
-    port = f":{parts.pop('port')}" if "port" in parts else ""
-    if host.startswith("/"):
-        parts["host"], host = host, ""
-        if port:
-            parts["port"], port = port[1:], ""
-    return f"postgresql+psycopg://{user}{secret}@{host}{port}/{database}?{urlencode(parts)}"
+    """The DSN as a URL, the only form that yoyo takes; of its parts it decodes only the arguments fully."""
+    parts = psycopg.conninfo.conninfo_to_dict(dsn)
+    return f"postgresql+psycopg:///?{urlencode({name: value for name, value in parts.items() if value is not None})}"
 
 
 def _grant(settings: Settings, *, dry_run: bool) -> bool:

@@ -29,6 +29,7 @@ BATCH_BYTES = 16 * 1024 * 1024
 # a quarter of a second; the longer limit is for requests that can still be seen at work in Label Studio's database.
 SETTLE_SECONDS = 3.0
 SETTLE_AT_MOST_SECONDS = 120.0
+# Label Studio asks its database this often, at the least, while it is at an import.
 IDLE_SECONDS = 5
 
 

@@ -3,6 +3,7 @@
 
 import argparse
 import xml.etree.ElementTree as ET
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -95,10 +96,19 @@ def validate(label_studio: LabelStudio, task_type: TaskType, template: str) -> N
     """Let Label Studio itself check a template, and see that it has the control whose value is the result."""
     if task_type.control not in controls(template):
         raise SettingError(f"the template {task_type.template} has no control named {task_type.control}")
+    # Label Studio takes a field that no task has, and shows an error to whoever opens a task.
+    read = {element.get("value", "")[1:] for element in ET.fromstring(template).iter() if is_field(element)}
+    if unknown := sorted(read - set(task_type.data_fields)):
+        raise SettingError(f"the template {task_type.template} reads {', '.join(unknown)}, which tasks do not have")
     try:
         label_studio.request("POST", "/api/projects/validate/", body={"label_config": template})
     except RefusedError as error:
         raise SettingError(f"Label Studio refuses the template {task_type.template}: {error.detail}") from None
+
+
+def is_field(element: ET.Element) -> bool:
+    """Whether an element shows a field of a task's data."""
+    return element.get("value", "").startswith("$")
 
 
 def marker(task_type: TaskType) -> str:
@@ -139,16 +149,19 @@ def differences(project: dict[str, Any] | None, task_type: TaskType, template: s
 
 
 def controls(template: str) -> dict[str, tuple[str, str, set[str]]]:
-    """Controls of a labelling interface: name → (tag, toName, values that it offers)."""
+    """Controls of a labelling interface: name → (tag, toName, values that annotations made with it can hold)."""
     return {
-        element.attrib["name"]: (
-            element.tag.lower(),
-            element.attrib["toName"],
-            {child.get("value", "") for child in element.iter() if child.tag in ("Label", "Choice")},
-        )
+        element.attrib["name"]: (element.tag.lower(), element.attrib["toName"], set(offered(element)))
         for element in ET.fromstring(template).iter()
         if "toName" in element.attrib and "name" in element.attrib
     }
+
+
+def offered(control: ET.Element) -> Iterator[str]:
+    """What a control's labels or choices are stored as: by their alias, if they have one."""
+    for child in control.iter():
+        if child.tag in ("Label", "Choice"):
+            yield child.get("alias") or child.get("value") or ""
 
 
 def refuse_orphans(label_studio_db: Connection, project_id: int, task_type: TaskType, template: str) -> None:
@@ -161,16 +174,12 @@ def refuse_orphans(label_studio_db: Connection, project_id: int, task_type: Task
     """
     used = label_studio_db.execute(
         """
-        SELECT
-            part ->> 'from_name', part ->> 'to_name', lower(part ->> 'type'), value, count(DISTINCT a.id)
+        SELECT part ->> 'from_name', part ->> 'to_name', lower(part ->> 'type'), chosen.value, count(DISTINCT a.id)
         FROM task_completion AS a
         CROSS JOIN LATERAL jsonb_path_query(a.result, '$[*] ? (exists(@.from_name))') AS part
         LEFT JOIN LATERAL (
-            SELECT jsonb_array_elements_text(chosen) AS value
-            FROM jsonb_path_query(
-                part, '$.value.keyvalue() ? (@.key == "labels" || @.key == "choices").value'
-            ) AS chosen
-            WHERE jsonb_typeof(chosen) = 'array'
+            SELECT value #>> '{}' AS value FROM jsonb_path_query(part, '$.value.*[*]') AS value
+            WHERE part ->> 'type' IN ('labels', 'choices') AND jsonb_typeof(value) = 'string'
         ) AS chosen ON true
         WHERE a.project_id = %s
         GROUP BY 1, 2, 3, 4
@@ -178,10 +187,10 @@ def refuse_orphans(label_studio_db: Connection, project_id: int, task_type: Task
         """,
         [project_id],
     ).fetchall()
-    offered = controls(template)
+    available = controls(template)
     lost = []
     for from_name, to_name, kind, value, number in used:
-        tag, to_now, values = offered.get(from_name, ("", "", set()))
+        tag, to_now, values = available.get(from_name, ("", "", set()))
         if (tag, to_now) != (kind, to_name):
             lost.append(f"control {from_name} ({kind} of {to_name}, {number} annotations)")
         elif value is not None and value not in values:

@@ -12,8 +12,9 @@ import pytest
 from dotenv import dotenv_values
 from psycopg import sql
 
+from station.local_annotator import Annotator
 from station.local_services import Account, LocalPostgres, Server, free_port, initialise_label_studio, label_studio
-from support import Annotator, Connection, run_script, write_settings
+from support import Connection, run_script, write_settings
 
 
 @pytest.fixture(scope="session")

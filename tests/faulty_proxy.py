@@ -110,10 +110,12 @@ def faulty_proxy(target: str) -> Iterator[FaultyProxy]:
     proxy.address = f"http://127.0.0.1:{server.server_port}"
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
     thread.start()
-    yield proxy
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    try:
+        yield proxy
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
 
 
 def never_carried_out(_exchange: Exchange) -> Answer | None:

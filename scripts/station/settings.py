@@ -149,8 +149,7 @@ def _read_env_file(env_file: Path) -> dict[str, str]:
 
 def _read(file: Path) -> str:
     try:
-        # Windows' editors begin a file with a byte order mark.
-        return file.read_text(encoding="utf-8-sig")
+        return file.read_text(encoding="utf-8")
     except UnicodeDecodeError:
         raise SettingError(f"cannot read the settings in {file}: it is not UTF-8: save it as UTF-8") from None
     except OSError as error:

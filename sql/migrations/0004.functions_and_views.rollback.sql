@@ -2,7 +2,7 @@ DROP VIEW v_annotator_accuracy;
 DROP VIEW v_gold_standard_samples;
 DROP VIEW v_sync_status;
 DROP VIEW annotations;
-DROP FUNCTION set_gold_standard(uuid, numeric, text, task_type, text, jsonb);
+DROP FUNCTION set_gold_standard(uuid, double precision, text, task_type, text, jsonb);
 DROP FUNCTION create_conflict_sample(uuid, text);
 DROP FUNCTION check_annotation_conflict(uuid, integer, task_type);
 DROP FUNCTION unlock_sample(uuid, boolean, text);

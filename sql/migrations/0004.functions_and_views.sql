@@ -164,7 +164,7 @@ COMMENT ON FUNCTION create_conflict_sample IS
 
 CREATE FUNCTION set_gold_standard(
     p_sample_id uuid,
-    p_expected_score numeric DEFAULT 0.95,
+    p_expected_score double precision DEFAULT 0.95,
     p_set_by text DEFAULT current_user,
     p_task_type task_type DEFAULT 'transcript_correction',
     p_reference_text text DEFAULT NULL,

@@ -1,9 +1,9 @@
 """Which samples get a task, and what the task shows, on a real Label Studio."""
 
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import psycopg
 import pytest
@@ -11,8 +11,9 @@ import pytest
 from conftest import RunningLabelStudio, Station
 from faulty_proxy import Answer, Exchange, Held, eventually, faulty_proxy, never_carried_out
 from station.label_studio import LabelStudio
+from station.local_annotator import Annotator
 from station.settings import Settings
-from support import Annotator, Connection, add_sample, change_audio, change_text, finish, launch_script, text_result
+from support import Connection, add_sample, change_audio, change_text, finish, launch_script, text_result
 
 TRANSCRIPT = "transcript_correction"
 TRANSLATION = "translation_review"
@@ -29,7 +30,7 @@ def station(shared_station: Station) -> Station:
 def personal_access_token(running_label_studio: RunningLabelStudio) -> str:
     admin = running_label_studio.account
     address = running_label_studio.address
-    person = Annotator.invited(address, admin.token, "pat@labelstation.example")
+    person = Annotator.with_token(address, admin.token).invite("pat@labelstation.example", "correct horse")
     return str(person.call("POST", "/api/token/")["token"])
 
 
@@ -429,16 +430,12 @@ def test_an_access_token_is_renewed_before_it_expires(
         assert [path for _method, path in proxy.requests][3:] == ["/api/token/refresh", "/api/current-user/whoami"]
 
 
-@pytest.fixture
-def netrc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def test_a_password_for_the_same_host_in_netrc_does_not_replace_the_token(
+    station: Station, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     file = tmp_path / "netrc"
-    file.write_text("machine 127.0.0.1 login somebody password else\n")
+    file.write_text(f"machine {urlsplit(station.address).hostname} login somebody password else\n")
     file.chmod(0o600)
     monkeypatch.setenv("NETRC", str(file))
-    yield
-
-
-@pytest.mark.usefixtures("netrc")
-def test_a_password_for_the_same_host_in_netrc_does_not_replace_the_token(station: Station) -> None:
     label_studio = LabelStudio(Settings(label_studio_url=station.address, label_studio_api_key=station.token))
     assert label_studio.whoami().startswith("admin@")
