@@ -42,7 +42,7 @@ $(CONTROL)/.done: requirements/control.txt $(VENV)/.uv
 ##@ Develop it
 
 .PHONY: lint-deploy
-lint-deploy: $(CONTROL)/.test ## ansible-lint, yamllint and shellcheck on roles, playbooks and their scripts
+lint-deploy: $(CONTROL)/.test $(VENV)/.test ## ansible-lint, yamllint and shellcheck on roles, playbooks and their scripts
 	@PATH="$(CURDIR)/$(CONTROL)/bin:$$PATH" $(CONTROL)/bin/ansible-lint --offline -q
 	@$(CONTROL)/bin/yamllint --strict .
 	@$(VENV)/bin/shellcheck roles/label_studio/files/with-credentials
