@@ -11,6 +11,7 @@ import argparse
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -326,6 +327,13 @@ def side_effect(station: Station) -> None:
         assert station.run("systemctl show --property=UserspaceTimestamp") != before, "it did not reboot"
     wrong_settings()
     rotate(station)
+    with step("a dry run finds nothing to change"):
+        code, output, seconds = playbook("--check", "--diff")
+        assert code == 0, output[-4000:]
+        assert "changed=0" in output, [line for line in output.splitlines() if line.startswith("changed")]
+        print(f"     {seconds:.0f} s")
+    if not station.full:
+        refuse_upgrade(station)
 
 
 def up(station: Station) -> bool:
@@ -393,6 +401,35 @@ def wrong_settings() -> None:
             assert named in output, output[-2000:]
             assert "changed=0" in output, output[-2000:]
             print(f"     after {seconds:.1f} s")
+
+
+def refuse_upgrade(station: Station) -> None:
+    """A Label Studio that the scripts could not read is refused before it is let near the real tables."""
+    with step("an upgrade that would break the contract is refused, and Label Studio goes on"):
+        other = EPHEMERAL / "other"
+        for folder in ("scripts", "sql", "label_studio_templates"):
+            shutil.copytree(CHECKOUT / folder, other / folder)
+        contract = other / "scripts/station/contract.py"
+        contract.write_text(
+            contract.read_text().replace('"was_cancelled":', '"no_such_column": "text", "was_cancelled":')
+        )
+        lock = other / "label_studio.txt"
+        lock.write_text((CHECKOUT / "requirements/label_studio.txt").read_text() + "# another version\n")
+        before = station.run("readlink /opt/label-studio/venv; systemctl show -p MainPID label-studio")
+        requirements = CHECKOUT / "requirements/station.txt"
+        code, output, seconds = playbook(
+            "-e", f"base_source_directory={other}", "-e", f"base_requirements={requirements}",
+            "-e", f"label_studio_requirements={lock}",
+        )  # fmt: skip
+        assert code != 0
+        assert "was refused" in output, output[-4000:]
+        assert "no_such_column" in output, output[-4000:]
+        assert station.run("readlink /opt/label-studio/venv; systemctl show -p MainPID label-studio") == before
+        assert "rehearsal" not in station.run("runuser -u postgres -- psql -XAtlq")
+        print(f"     {seconds:.0f} s")
+    with step("deploying what is right again"):
+        code, output, seconds = playbook()
+        assert code == 0, output[-4000:]
 
 
 def rotate(station: Station) -> None:
