@@ -374,11 +374,11 @@ def alerts(station: Station, since: str) -> list[str]:
     ]
 
 
-def playbook(*arguments: str) -> tuple[int, str, float]:
-    """Deploy with the scenario's inventory; exit code, output, seconds."""
+def playbook(*arguments: str, inventory: Path = EPHEMERAL / "inventory") -> tuple[int, str, float]:
+    """Deploy, with the scenario's inventory unless told otherwise; exit code, output, seconds."""
     started = time.monotonic()
     done = subprocess.run(
-        ["ansible-playbook", "-i", EPHEMERAL / "inventory", CHECKOUT / "playbooks/site.yml", *arguments],
+        ["ansible-playbook", "-i", inventory, CHECKOUT / "playbooks/site.yml", *arguments],
         capture_output=True,
         text=True,
         check=False,
@@ -401,6 +401,16 @@ def wrong_settings() -> None:
             assert named in output, output[-2000:]
             assert "changed=0" in output, output[-2000:]
             print(f"     after {seconds:.1f} s")
+
+    with step("missing settings are named, before the host is even asked"):
+        inventory = EPHEMERAL / "missing.yml"
+        inventory.write_text(
+            "labelstation: {hosts: {nowhere: {ansible_host: 127.0.0.250, label_studio_version: 1.23.2}}}\n"
+        )
+        code, output, seconds = playbook(inventory=inventory)
+        assert code != 0
+        assert "missing setting: label_studio_address, label_studio_admin_email" in output, output[-2000:]
+        print(f"     after {seconds:.1f} s")
 
 
 def refuse_upgrade(station: Station) -> None:
