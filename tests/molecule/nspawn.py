@@ -194,9 +194,21 @@ def boot(name: str, place: Path, release: str) -> None:
     (place / "supervisor.pid").write_text(str(supervisor.pid))
 
 
+def control_groups(name: str) -> list[Path]:
+    """Control groups of a host's own, in the hierarchies that systemd uses.
+
+    Without them two hosts would share groups by the name of their services, and each would take the other's away.
+    """
+    mounted = (Path("/sys/fs/cgroup/unified"), Path("/sys/fs/cgroup/systemd"), Path("/sys/fs/cgroup"))
+    return [place / f"labelstation-{name}" for place in mounted if (place / "cgroup.procs").exists()]
+
+
 def supervise(name: str, release: str) -> int:
     """Run systemd-nspawn until the host is switched off; a reboot ends it and starts it anew."""
     place = HOSTS / name
+    for group in control_groups(name):
+        group.mkdir(exist_ok=True)
+        (group / "cgroup.procs").write_text(str(os.getpid()))
     archives, wheels = CACHE / f"apt-{release}", CACHE / "pip"
     (archives / "partial").mkdir(parents=True, exist_ok=True)
     wheels.mkdir(parents=True, exist_ok=True)
@@ -294,6 +306,10 @@ def destroy(name: str) -> None:
     stop(place, "slirp", f"/run/netns/{name}")
     if (place / "root").is_mount():
         run("umount", place / "root")
+    for group in control_groups(name):
+        if group.exists():
+            for folder, _, _ in os.walk(group, topdown=False):
+                Path(folder).rmdir()
     if Path(f"/run/netns/{name}").exists():
         run("ip", "netns", "delete", name)
     shutil.rmtree(place, ignore_errors=True)
