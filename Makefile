@@ -69,7 +69,7 @@ lint: $(VENV)/.test ## ruff, mypy, yamllint, shellcheck
 
 .PHONY: bench
 bench: $(VENV)/.local $(LABEL_STUDIO)/.done ## Measure each step beside what one would otherwise run (minutes)
-	@$(PY) bench/bench.py $(ARGS)
+	@PYTHONPATH=scripts $(PY) bench/bench.py $(ARGS)
 
 ##@ Work with it
 

@@ -39,12 +39,13 @@ from station.local_services import (
 )
 from station.task_types import TASK_TYPES
 
-FOLDER = PROJECT / ".local" / "demo"
+FOLDER = Path(os.environ.get("LABELSTATION_DEMO_FOLDER") or PROJECT / ".local" / "demo")
 CORPUS = PROJECT / "demo" / "corpus"
 TRUTH = PROJECT / "demo" / "truth.jsonl"
 ENV_FILE = FOLDER / "station.env"
 RAW, REVIEWED = FOLDER / "data" / "raw", FOLDER / "data" / "reviewed"
 PEOPLE = ("an", "binh", "chi")
+PORTS = "ports.json"
 # So many tasks of each project stay open for whoever looks at the demo.
 LEFT_OPEN = 2
 # What the first round pushes; samples with an open task are locked for the other task types.
@@ -125,11 +126,9 @@ def stop_running() -> ExitCode:
 
 def ports(options: argparse.Namespace) -> tuple[int, int]:
     """Ports asked for, else those of the last run (tasks hold the audio server's address), else the usual ones."""
-    note = FOLDER / "ports.json"
+    note = FOLDER / PORTS
     last = json.loads(note.read_text()) if note.exists() else [8085, 8081]
-    chosen = (options.label_studio_port or last[0], options.audio_port or last[1])
-    note.write_text(json.dumps(chosen))
-    return chosen
+    return options.label_studio_port or last[0], options.audio_port or last[1]
 
 
 # Servers
@@ -153,11 +152,12 @@ class Services:
             self.postgres.start()
         with ThreadPoolExecutor() as pool:
             audio = pool.submit(self.audio.start)
-            with step(console, "Label Studio (the very first start makes its 82 tables: half a minute)"):
+            with step(console, "Label Studio (its very first start takes half a minute)"):
                 account = initialise_label_studio(self.label_studio_folder, self.postgres)
                 self.label_studio.start()
             with step(console, "audio server"):
                 audio.result()
+        (FOLDER / PORTS).write_text(json.dumps([self.label_studio.port, self.audio.port]))
         write_settings(self, account)
         return account
 
@@ -230,7 +230,7 @@ class Demo:
             raise StationError(f"{script} ended with {done.returncode}: {done.stderr.strip()}")
         result: dict[str, Any] = json.loads(done.stdout)
         self.console.print(f"[bold]$ make {shown_as}[/] [dim]{time.monotonic() - began:.1f} s[/]")
-        self.console.print(f"    {brief(result)}", markup=False)
+        self.console.print(f"    {brief(result) or 'nothing to do'}", markup=False)
         return result
 
     def query(self, database: str, query: str) -> list[tuple[Any, ...]]:
@@ -262,9 +262,10 @@ def rounds(demo: Demo) -> None:
     if first_time:
         for name, limit in FIRST_LIMITS.items():
             demo.run("push", "--task-type", name, "--limit", limit, shown_as=f"push TASK={name} LIMIT={limit}")
-        work(demo, people, truth)
+        work(demo, people, truth, hasty=True)
         demo.run("pull", shown_as="pull")
         change_minds(demo, people, truth)
+        demo.run("pull", shown_as="pull")
     for name in TASK_TYPES:
         demo.run("push", "--task-type", name, shown_as=f"push TASK={name}")
     work(demo, people, truth)
@@ -341,8 +342,11 @@ def read_truth(demo: Demo) -> Truth:
     return Truth({sample_ids[line["id"]]: line for line in lines if line["id"] in sample_ids})
 
 
-def work(demo: Demo, people: dict[str, Annotator], truth: Truth) -> None:
-    """Let the annotators take turns at what the labelling stream gives them: most submit, a few skip."""
+def work(demo: Demo, people: dict[str, Annotator], truth: Truth, *, hasty: bool = False) -> None:
+    """Let the annotators take turns at what the labelling stream gives them: most submit, a few skip.
+
+    A hasty start leaves the first transcript as it stands.
+    """
     done = skipped = 0
     with step(demo.console, "annotators at work"):
         for task_type, project_id in demo.query("data_factory", "SELECT task_type::text, project_id FROM projects"):
@@ -355,6 +359,8 @@ def work(demo: Demo, people: dict[str, Annotator], truth: Truth) -> None:
                     break
                 skip = number % 7 == 3
                 result = [] if skip else truth.result(task_type, task)
+                if hasty and task_type == "transcript_correction" and number == 0:
+                    result[0]["value"]["text"] = [task["data"]["text"]]
                 person.annotate(task["id"], result, lead_time=0.05, skip=skip)
                 skipped, done = skipped + skip, done + (not skip)
     demo.console.print(f"    {done} submitted, {skipped} skipped")
@@ -411,9 +417,9 @@ def check_numbers(demo: Demo) -> list[str]:
         demo.query("label_studio", "SELECT id, was_cancelled FROM task_completion ORDER BY 1"),
     )
     same(
-        "locked samples and samples with an open task",
+        "locked samples and samples with a task that can still be done",
         demo.query("data_factory", "SELECT count(*) FROM samples WHERE locked_by IS NOT NULL"),
-        demo.query("data_factory", "SELECT count(DISTINCT sample_id) FROM tasks WHERE state IN ('reserved', 'open')"),
+        demo.query("data_factory", "SELECT count(DISTINCT sample_id) FROM tasks WHERE state IN ('open', 'skipped')"),
     )
     exported = sorted(
         str(folder.relative_to(REVIEWED)) for folder in REVIEWED.glob("*/*") if not folder.name.startswith(".")

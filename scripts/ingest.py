@@ -463,7 +463,6 @@ def prepare_reading(connection: Connection) -> None:
     """Make the table of the ids that this file has named: memory must not grow with the file."""
     connection.execute("SET temp_buffers = '64MB'")
     connection.execute("CREATE TEMP TABLE seen (external_id text PRIMARY KEY, line integer NOT NULL)")
-    connection.commit()
 
 
 def read_batches(
@@ -591,11 +590,11 @@ def _look_up(
             repeated.add(number)
             if named[number].line is not None:
                 rejections.add(number, f"id: repeats that of line {first}", named[number].external_id)
-    # The cost must follow the lines, not the corpus.
-    connection.execute("SET LOCAL enable_seqscan = off")
-    found = connection.execute(_FIND_KNOWN, names)
-    known = {external_id: Known(*values) for external_id, *values in found}
-    connection.commit()
+    with connection.transaction():
+        # The cost must follow the lines, not the corpus.
+        connection.execute("SET LOCAL enable_seqscan = off")
+        found = connection.execute(_FIND_KNOWN, names)
+        known = {external_id: Known(*values) for external_id, *values in found}
     return known, repeated
 
 
@@ -753,7 +752,6 @@ def record_origin(connection: Connection, origin: Origin) -> None:
         "UPDATE runs SET git_revision = %s, dvc_revision = %s WHERE run_id = %s",
         [origin.git_revision, origin.dvc_revision, origin.run_id],
     )
-    connection.commit()
 
 
 _SAMPLE_LIST = sql.SQL(", ").join(map(sql.Identifier, SAMPLE_COLUMNS))
@@ -897,7 +895,6 @@ def prepare_writing(connection: Connection) -> None:
             ),
         )
     )
-    connection.commit()
 
 
 def apply_batch(connection: Connection, batch: list[Row], origin: Origin, *, dry_run: bool) -> Counter[str]:
@@ -907,20 +904,17 @@ def apply_batch(connection: Connection, batch: list[Row], origin: Origin, *, dry
         how many samples were added, changed, returned or unchanged; of those that were there already, how many got
         new audio, transcript, translation, or metadata only.
     """
-    with connection.cursor() as cursor:
+    values = {"git": origin.git_revision, "dvc": origin.dvc_revision, "run": origin.run_id}
+    with connection.transaction(force_rollback=dry_run), connection.cursor() as cursor:
         with cursor.copy(_COPY) as copy:
             for row in batch:
                 copy.write_row(row)
         cursor.execute(_JUDGE)
         cursor.execute("SELECT outcome, kinds::text[], count(*) FROM delivery GROUP BY outcome, kinds")
         counts = _counts_of(cursor.fetchall())
-        if dry_run:
-            connection.rollback()
-            return counts
-        values = {"git": origin.git_revision, "dvc": origin.dvc_revision, "run": origin.run_id}
-        for statement in (_ADD_SAMPLES, _UPDATE_SAMPLES, _ADD_CHANGES, _ADD_REVISIONS):
-            cursor.execute(statement, values)
-    connection.commit()
+        if not dry_run:
+            for statement in (_ADD_SAMPLES, _UPDATE_SAMPLES, _ADD_CHANGES, _ADD_REVISIONS):
+                cursor.execute(statement, values)
     return counts
 
 
@@ -948,14 +942,13 @@ def count_missing(connection: Connection) -> tuple[int, int]:
         WHERE parent_sample_id IS NULL AND removed_at IS NULL
         """
     ).fetchone()
-    connection.commit()
     assert row is not None
     return row[0], row[1]
 
 
 def remove_missing(connection: Connection, origin: Origin) -> int:
     """Mark the samples that the file did not name as removed; returns how many."""
-    removed = connection.execute(
+    return connection.execute(
         """
         WITH missing AS MATERIALIZED (
             SELECT s.sample_id
@@ -978,8 +971,6 @@ def remove_missing(connection: Connection, origin: Origin) -> int:
         """,
         [origin.dvc_revision, origin.run_id],
     ).rowcount
-    connection.commit()
-    return removed
 
 
 if __name__ == "__main__":

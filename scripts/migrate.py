@@ -22,7 +22,7 @@ READER = "label_studio_reader"
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     options = cli.parser(
-        "Apply the schema steps below sql/migrations to DATA_FACTORY_OWNER_DSN. With LABEL_STUDIO_OWNER_DSN, also\n"
+        "Apply the schema steps below sql/migrations to DATA_FACTORY_OWNER_DSN. With LABEL_STUDIO_OWNER_DSN, also "
         "grant label_studio_reader the columns of Label Studio that the scripts read. Running it again changes nothing."
     )
     cli.add_dry_run(options)

@@ -750,7 +750,9 @@ def settle(pull: Pull, task_keys: sql.Composable) -> None:
                     CASE
                         WHEN o.locked_by <> 'label_studio' THEN o.locked_by
                         WHEN o.removed_at IS NULL AND EXISTS (
-                            SELECT FROM tasks AS t WHERE t.sample_id = o.sample_id AND t.state IN ('reserved', 'open')
+                            -- Label Studio offers a skipped task to the other annotators.
+                            SELECT FROM tasks AS t
+                            WHERE t.sample_id = o.sample_id AND t.state IN ('reserved', 'open', 'skipped')
                         ) THEN 'label_studio'
                     END AS locked_by
                 FROM samples AS o

@@ -3,17 +3,21 @@
 
 import argparse
 import json
+import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import quote
 from uuid import UUID
 
+import requests
+from psycopg import sql
+
 from station import cli, contract
 from station.cli import log
 from station.database import Connection, connect, connect_data_factory, exclusive, project_id_of, recorded_run
-from station.errors import ExitCode, UnavailableError
+from station.errors import ExitCode, SettingError
 from station.label_studio import LabelStudio, NoAnswerError, RefusedError
 from station.settings import Settings, load_settings
 from station.standing import WAITING, counts, standing
@@ -25,6 +29,8 @@ BATCH_BYTES = 16 * 1024 * 1024
 # a quarter of a second; the longer limit is for requests that can still be seen at work in Label Studio's database.
 SETTLE_SECONDS = 3.0
 SETTLE_AT_MOST_SECONDS = 120.0
+# Label Studio asks its database this often, at the least, while it is at an import.
+IDLE_SECONDS = 5
 
 
 def parser() -> argparse.ArgumentParser:
@@ -60,24 +66,29 @@ def main(options: argparse.Namespace) -> ExitCode:
         contract.check(label_studio_db)
         project_id = project_id_of(data_factory, settings, task_type)
         label_studio = LabelStudio(settings)
-        contract.check_same(label_studio_db, label_studio, project_id)
+        check_interface(task_type, contract.check_same(label_studio_db, label_studio, project_id))
         push = Push(settings, task_type, project_id, data_factory, label_studio_db, label_studio)
         if options.dry_run:
-            waiting = choose(push, options.limit)
-            reasons = left_out(push)
-            lines = [f"would push {waiting} {task_type.name} tasks", *left_out_lines(reasons)]
-            cli.print_result(options, {"would_push": waiting, "left_out": reasons}, lines)
+            reserved = len(reserved_keys(push))
+            chosen = choose(push, options.limit)
+            reasons = left_out(push, chosen)
+            lines = [f"would push {chosen} {task_type.name} tasks to project {project_id}"]
+            if reserved:
+                lines.append(f"would finish {reserved} tasks of an interrupted push")
+            result: dict[str, object] = {"would_push": chosen, "would_recover": reserved, "left_out": reasons}
+            cli.print_result(options, result, lines + left_out_lines(reasons))
             return ExitCode.DONE
         with exclusive(data_factory, f"push of {task_type.name}"), recorded_run(data_factory, "push", task_type) as run:
             push.run_id = run.run_id
             recovered, failed = recover(push)
             twins, unclear = remove_twins(push)
             chosen = choose(push, options.limit)
-            reasons = left_out(push)
+            reasons = left_out(push, chosen)
             pushed = 0
             for start in range(0, chosen, BATCH_TASKS):
                 keys = reserve(push, start, start + BATCH_TASKS)
-                made, refused = send(push, keys)
+                send(push, keys)
+                made, refused = outcome(push, keys)
                 pushed, failed = pushed + made, failed + refused
                 log.debug("%s of %s pushed", pushed, chosen)
             exit_code = ExitCode.PERSON_NEEDED if unclear else ExitCode.PARTIAL if failed else ExitCode.DONE
@@ -97,6 +108,22 @@ def main(options: argparse.Namespace) -> ExitCode:
     return exit_code
 
 
+def check_interface(task_type: TaskType, project: Mapping[str, Any]) -> None:
+    """Refuse a project whose labelling interface shows what tasks of this type do not have.
+
+    Label Studio would refuse every single task, although nothing is wrong with the samples.
+
+    Raises:
+        SettingError: names the fields.
+    """
+    shown = set(re.findall(r"""["']\$(\w+)""", project["label_config"]))
+    if foreign := sorted(shown - set(task_type.data_fields)):
+        raise SettingError(
+            f"Label Studio's project {project['id']} shows {', '.join(foreign)}, which {task_type.name} tasks do not "
+            f"have: run `make setup-projects`, or name another project in {task_type.project_setting}"
+        )
+
+
 # Choosing and reserving
 
 
@@ -107,20 +134,21 @@ def choose(push: Push, limit: int | None) -> int:
         push.data_factory.execute(
             "CREATE TEMPORARY TABLE chosen (position bigint GENERATED ALWAYS AS IDENTITY (MINVALUE 0), sample_id uuid)"
         )
-        query = b"".join(
-            [
-                b"INSERT INTO chosen (sample_id) SELECT sample_id FROM (",
-                standing(push.task_type).as_bytes(push.data_factory),
-                b") AS s WHERE standing = %(waiting)s ORDER BY priority DESC, arrival LIMIT %(limit)s",
-            ]
-        )
-        return push.data_factory.execute(query, {"waiting": WAITING, "limit": limit}).rowcount
+        return push.data_factory.execute(
+            sql.SQL(
+                """
+                INSERT INTO chosen (sample_id)
+                SELECT sample_id FROM ({}) AS s WHERE standing = {} ORDER BY priority DESC, arrival LIMIT {}
+                """
+            ).format(standing(push.task_type), WAITING, limit)
+        ).rowcount
 
 
-def left_out(push: Push) -> dict[str, int]:
+def left_out(push: Push, chosen: int) -> dict[str, int]:
     """How many samples do not get a task, by reason."""
     found = {str(reason): int(number) for reason, number in push.data_factory.execute(counts(push.task_type))}
-    return {reason: number for reason, number in found.items() if reason != WAITING}
+    over_limit = found.pop(WAITING, 0) - chosen
+    return {**found, "over the limit": over_limit} if over_limit > 0 else found
 
 
 def left_out_lines(reasons: dict[str, int]) -> list[str]:
@@ -188,32 +216,36 @@ def note_showing(push: Push, keys: Sequence[UUID]) -> None:
 # Sending and recording
 
 
-def send(push: Push, keys: Sequence[UUID]) -> tuple[int, int]:
-    """Import reserved tasks and record their ids; returns how many were made and how many refused.
+def send(push: Push, keys: Sequence[UUID]) -> None:
+    """Import reserved tasks and record what each has become.
 
     Raises:
         UnavailableError: Label Studio did not answer, twice. What is unclear stays reserved for the next push.
     """
-    made = refused = 0
-    unclear: list[UUID] = []
+    try:
+        import_reserved(push, keys)
+    except NoAnswerError as error:
+        log.warning("%s; looking whether the tasks were made", error)
+        record_found(push, keys)
+        import_reserved(push, keys)
+
+
+def import_reserved(push: Push, keys: Sequence[UUID]) -> None:
+    """Import those of these tasks that are still reserved."""
     for batch in batches(push, keys):
-        try:
-            some_made, some_refused = import_batch(push, batch)
-        except UnavailableError as error:
-            if not isinstance(error, NoAnswerError):
-                raise
-            log.warning("%s; looking whether the tasks were made", error)
-            unclear.extend(UUID(task["meta"][contract.KEY]) for task in batch)
-        else:
-            made, refused = made + some_made, refused + some_refused
-    if unclear:
-        found = record_found(push, unclear)
-        missing = [key for key in unclear if key not in found]
-        made += len(found)
-        for batch in batches(push, missing):
-            some_made, some_refused = import_batch(push, batch)
-            made, refused = made + some_made, refused + some_refused
-    return made, refused
+        import_batch(push, batch)
+
+
+def outcome(push: Push, keys: Sequence[UUID]) -> tuple[int, int]:
+    """How many of these tasks Label Studio has, and how many it refused."""
+    row = push.data_factory.execute(
+        """
+        SELECT count(*) FILTER (WHERE state NOT IN ('reserved', 'failed')), count(*) FILTER (WHERE state = 'failed')
+        FROM tasks WHERE task_key = ANY (%s)
+        """,
+        [keys],
+    ).fetchone()
+    return row if row else (0, 0)
 
 
 def batches(push: Push, keys: Sequence[UUID]) -> Iterator[list[dict[str, Any]]]:
@@ -233,7 +265,7 @@ def batches(push: Push, keys: Sequence[UUID]) -> Iterator[list[dict[str, Any]]]:
 
 
 def payloads(push: Push, keys: Sequence[UUID]) -> list[dict[str, Any]]:
-    """What Label Studio is to show for reserved tasks: the texts of the version noted last."""
+    """What Label Studio is to show for those of these tasks that are still reserved: the texts noted last."""
     rows = push.data_factory.execute(
         """
         SELECT t.task_key, t.sample_id, s.audio_path, transcript.text, translation.text
@@ -248,7 +280,7 @@ def payloads(push: Push, keys: Sequence[UUID]) -> list[dict[str, Any]]:
         LEFT JOIN revisions AS translation
             ON translation.sample_id = t.sample_id AND translation.kind = 'translation'
             AND translation.version = shown.translation_version
-        WHERE t.task_key = ANY (%s)
+        WHERE t.task_key = ANY (%s) AND t.state = 'reserved'
         ORDER BY s.priority DESC, s.arrival
         """,
         [keys],
@@ -267,80 +299,107 @@ def payloads(push: Push, keys: Sequence[UUID]) -> list[dict[str, Any]]:
     return result
 
 
-def import_batch(push: Push, batch: Sequence[dict[str, Any]]) -> tuple[int, int]:
-    """Import one request's tasks; where Label Studio refuses them, find the ones that it refuses by halves."""
+def import_batch(push: Push, batch: Sequence[dict[str, Any]]) -> None:
+    """Import one request's tasks; where they are refused, find the ones at fault by halves."""
     try:
         task_ids = push.label_studio.import_tasks(push.project_id, batch)
     except RefusedError as error:
-        if error.status != 400:
+        if error.status not in (requests.codes.bad_request, requests.codes.request_entity_too_large):
             raise
         if len(batch) == 1:
             refuse(push, batch[0], error.detail)
-            return 0, 1
+            return
         middle = len(batch) // 2
-        first, second = import_batch(push, batch[:middle]), import_batch(push, batch[middle:])
-        return first[0] + second[0], first[1] + second[1]
+        import_batch(push, batch[:middle])
+        import_batch(push, batch[middle:])
+        return
     record(
         push, {UUID(str(task["meta"][contract.KEY])): task_id for task, task_id in zip(batch, task_ids, strict=True)}
     )
-    return len(batch), 0
 
 
-def record(push: Push, task_ids: dict[UUID, int]) -> None:
-    """Record which Label Studio task each key has become."""
-    with push.data_factory.transaction():
-        push.data_factory.execute(
-            """
-            UPDATE tasks AS t
-            SET label_studio_task_id = made.task_id, state = 'open', pushed_at = clock_timestamp()
-            FROM unnest(%s::uuid[], %s::bigint[]) AS made (task_key, task_id)
-            WHERE t.task_key = made.task_key
-            """,
-            [list(task_ids), list(task_ids.values())],
-        )
+def record(push: Push, task_ids: Mapping[UUID, int]) -> None:
+    """Record which Label Studio task each key has become.
+
+    A pull may have been faster, and may even have brought home what was done there: that stays.
+    """
+    push.data_factory.execute(
+        """
+        UPDATE tasks AS t
+        SET label_studio_task_id = made.task_id, state = 'open', pushed_at = clock_timestamp()
+        FROM unnest(%s::uuid[], %s::bigint[]) AS made (task_key, task_id)
+        WHERE t.task_key = made.task_key AND t.state = 'reserved'
+        """,
+        [list(task_ids), list(task_ids.values())],
+    )
 
 
 def refuse(push: Push, task: dict[str, Any], reason: str) -> None:
     """Record that Label Studio does not take a task; it is tried again when its sample has changed."""
     log.error("sample %s: Label Studio refuses the task: %s", task["data"]["sample_id"], reason)
-    with push.data_factory.transaction():
-        push.data_factory.execute(
-            """
-            WITH refused AS (
-                UPDATE tasks SET state = 'failed', problem = %s, closed_at = clock_timestamp()
-                WHERE task_key = %s
-                RETURNING sample_id
-            )
-            SELECT unlock_sample(sample_id) FROM refused
-            """,
-            [reason, task["meta"][contract.KEY]],
+    push.data_factory.execute(
+        """
+        WITH refused AS (
+            UPDATE tasks SET state = 'failed', problem = %s, closed_at = clock_timestamp()
+            WHERE task_key = %s
+            RETURNING sample_id
         )
+        SELECT unlock_sample(sample_id) FROM refused
+        """,
+        [reason, task["meta"][contract.KEY]],
+    )
 
 
 # Finishing what was interrupted
 
 
+def reserved_keys(push: Push) -> list[UUID]:
+    """Tasks of this type that an earlier push reserved and did not record, whichever project they were meant for."""
+    rows = push.data_factory.execute(
+        "SELECT task_key FROM tasks WHERE task_type = %s AND state = 'reserved'", [push.task_type.name]
+    ).fetchall()
+    return [key for (key,) in rows]
+
+
 def recover(push: Push) -> tuple[int, int]:
     """Finish tasks that an earlier push reserved and did not record; returns how many were made and refused."""
-    rows = push.data_factory.execute(
-        "SELECT task_key FROM tasks WHERE task_type = %s AND project_id = %s AND state = 'reserved'",
-        [push.task_type.name, push.project_id],
-    ).fetchall()
-    keys = [key for (key,) in rows]
+    keys = reserved_keys(push)
     if not keys:
         return 0, 0
     log.info("an earlier push was interrupted: looking for its %s tasks in Label Studio", len(keys))
-    found = record_found(push, keys)
-    missing = [key for key in keys if key not in found]
+    record_found(push, keys)
     with push.data_factory.transaction():
+        removed = push.data_factory.execute(
+            """
+            WITH removed AS (
+                UPDATE tasks AS t
+                SET
+                    state = 'failed', closed_at = clock_timestamp(),
+                    problem = 'its sample was removed before the task was made'
+                FROM samples AS s
+                WHERE t.task_key = ANY (%s) AND t.state = 'reserved'
+                    AND s.sample_id = t.sample_id AND s.removed_at IS NOT NULL
+                RETURNING t.task_key, t.sample_id
+            )
+            SELECT task_key, unlock_sample(sample_id) FROM removed
+            """,
+            [keys],
+        ).fetchall()
+        missing = push.data_factory.execute(
+            """
+            UPDATE tasks SET project_id = %s WHERE task_key = ANY (%s) AND state = 'reserved'
+            RETURNING task_key
+            """,
+            [push.project_id, keys],
+        ).fetchall()
         # They were never made, so nobody saw what was noted then; what they will show is what is true now.
-        note_showing(push, missing)
-    made, refused = send(push, missing)
-    return len(found) + made, refused
+        note_showing(push, [key for (key,) in missing])
+    send(push, [key for (key,) in missing])
+    return outcome(push, list(set(keys) - {key for key, _unlocked in removed}))
 
 
-def record_found(push: Push, keys: Sequence[UUID]) -> dict[UUID, int]:
-    """Record the tasks of an import that was cut off, as far as Label Studio has made them.
+def record_found(push: Push, keys: Sequence[UUID]) -> None:
+    """Record those of these tasks that Label Studio has made, after an import that was cut off.
 
     Label Studio carries an import out even when nobody waits for its answer any more. So this looks until all are
     there, or until every request that was at work when it began has ended.
@@ -349,41 +408,40 @@ def record_found(push: Push, keys: Sequence[UUID]) -> dict[UUID, int]:
         """
         SELECT coalesce(max(t.label_studio_task_id), 0)
         FROM tasks AS t
-        WHERE t.project_id = %s
-            AND t.pushed_at < (SELECT min(r.reserved_at) FROM tasks AS r WHERE r.task_key = ANY (%s))
+        WHERE t.pushed_at < (SELECT min(r.reserved_at) FROM tasks AS r WHERE r.task_key = ANY (%s))
         """,
-        [push.project_id, keys],
+        [keys],
     ).fetchone()
     made_before = row[0] if row else 0
     began = time.monotonic()
     (began_at,) = push.label_studio_db.execute("SELECT clock_timestamp()").fetchone() or (None,)
     while True:
-        # Whether requests are at work is asked before the tasks are: one that ends in between is seen.
+        # Whether requests are at work is asked before the tasks are: one that ends in between is seen. Label Studio
+        # opens a connection for each request, as its tables' owner; one that idles for long is somebody's.
         (working,) = push.label_studio_db.execute(
             """
             SELECT EXISTS (
                 SELECT FROM pg_stat_activity
-                WHERE datname = current_database() AND usename <> current_user
-                    AND backend_type = 'client backend' AND backend_start < %s
+                WHERE datname = current_database() AND backend_start < %s
+                    AND usesysid = (SELECT relowner FROM pg_class WHERE oid = 'task'::regclass)
+                    AND (state <> 'idle' OR state_change > clock_timestamp() - make_interval(secs => %s))
             )
             """,
-            [began_at],
+            [began_at, IDLE_SECONDS],
         ).fetchone() or (True,)
         found = push.label_studio_db.execute(
             """
             SELECT meta ->> %(key)s, min(id) FROM task
-            WHERE project_id = %(project)s AND id > %(after)s AND meta ->> %(key)s = ANY (%(keys)s)
+            WHERE id > %(after)s AND meta ->> %(key)s = ANY (%(keys)s)
             GROUP BY 1
             """,
-            {"key": contract.KEY, "project": push.project_id, "after": made_before, "keys": [str(key) for key in keys]},
+            {"key": contract.KEY, "after": made_before, "keys": [str(key) for key in keys]},
         ).fetchall()
         waited = time.monotonic() - began
         if len(found) == len(keys) or waited > SETTLE_AT_MOST_SECONDS or (waited > SETTLE_SECONDS and not working):
             break
         time.sleep(0.1)
-    result = {UUID(key): task_id for key, task_id in found}
-    record(push, result)
-    return result
+    record(push, {UUID(key): task_id for key, task_id in found})
 
 
 def remove_twins(push: Push) -> tuple[int, int]:
@@ -420,30 +478,32 @@ def remove_twins(push: Push) -> tuple[int, int]:
     pairs: dict[str, list[tuple[int, bool]]] = {}
     for task_id, key, touched in recent:
         pairs.setdefault(key, []).append((task_id, touched))
+    ours = push.data_factory.execute(
+        "SELECT task_key::text FROM tasks WHERE task_key::text = ANY (%s)", [list(pairs)]
+    ).fetchall()
     surplus: list[int] = []
-    kept: dict[UUID, int] = {}
+    kept: dict[str, int] = {}
     unclear = 0
-    for key, tasks in pairs.items():
-        touched_ids = [task_id for task_id, touched in tasks if touched]
+    for (key,) in ours:
+        touched_ids = [task_id for task_id, touched in pairs[key] if touched]
         if len(touched_ids) > 1:
             log.error("tasks %s in Label Studio are one and the same: delete all but one", touched_ids)
             unclear += 1
             continue
-        keep = (touched_ids or [tasks[0][0]])[0]
-        kept[UUID(key)] = keep
-        surplus.extend(task_id for task_id, _touched in tasks if task_id != keep)
+        kept[key] = (touched_ids or [pairs[key][0][0]])[0]
+        surplus.extend(task_id for task_id, _touched in pairs[key] if task_id != kept[key])
     if surplus:
         log.warning("Label Studio made %s tasks twice: deleting the untouched ones", len(surplus))
+        # First the ledger: a task that it names must not be missing, or its sample would be pushed again.
+        push.data_factory.execute(
+            """
+            UPDATE tasks AS t SET label_studio_task_id = kept.task_id
+            FROM unnest(%s::uuid[], %s::bigint[]) AS kept (task_key, task_id)
+            WHERE t.task_key = kept.task_key AND t.label_studio_task_id <> kept.task_id
+            """,
+            [list(kept), list(kept.values())],
+        )
         push.label_studio.delete_tasks(push.project_id, surplus)
-        with push.data_factory.transaction():
-            push.data_factory.execute(
-                """
-                UPDATE tasks AS t SET label_studio_task_id = kept.task_id
-                FROM unnest(%s::uuid[], %s::bigint[]) AS kept (task_key, task_id)
-                WHERE t.task_key = kept.task_key AND t.label_studio_task_id IS DISTINCT FROM kept.task_id
-                """,
-                [list(kept), list(kept.values())],
-            )
     return len(surplus), unclear
 
 

@@ -9,10 +9,12 @@ from typing import Any
 
 import psycopg
 import pytest
+from dotenv import dotenv_values
 from psycopg import sql
 
-from station.local_services import Account, LocalPostgres, free_port, initialise_label_studio, label_studio
-from support import Annotator, Connection, run_script, write_settings
+from station.local_annotator import Annotator
+from station.local_services import Account, LocalPostgres, Server, free_port, initialise_label_studio, label_studio
+from support import Connection, run_script, write_settings
 
 
 @pytest.fixture(scope="session")
@@ -49,9 +51,11 @@ def copied_database(postgres: LocalPostgres, template: str, name: str) -> Iterat
         create = sql.SQL("CREATE DATABASE {} TEMPLATE {} OWNER labelstation_owner")
         admin.execute(create.format(sql.Identifier(name), sql.Identifier(template)))
         admin.execute(sql.SQL("GRANT CONNECT ON DATABASE {} TO labelstation").format(sql.Identifier(name)))
-    yield name
-    with psycopg.connect(postgres.dsn("postgres", "postgres"), autocommit=True) as admin:
-        admin.execute(sql.SQL("DROP DATABASE {} WITH (FORCE)").format(sql.Identifier(name)))
+    try:
+        yield name
+    finally:
+        with psycopg.connect(postgres.dsn("postgres", "postgres"), autocommit=True) as admin:
+            admin.execute(sql.SQL("DROP DATABASE {} WITH (FORCE)").format(sql.Identifier(name)))
 
 
 @pytest.fixture
@@ -79,6 +83,7 @@ class RunningLabelStudio:
 
     address: str
     account: Account
+    server: Server
 
 
 @pytest.fixture(scope="session")
@@ -89,7 +94,7 @@ def running_label_studio(
     account = initialise_label_studio(folder, postgres)
     server = label_studio(folder, postgres, free_port())
     server.start()
-    yield RunningLabelStudio(server.address, account)
+    yield RunningLabelStudio(server.address, account, server)
     server.stop()
 
 
@@ -121,21 +126,31 @@ class Station:
         assert len(result) == len(rows), "a sample has two tasks"
         return result
 
+    def clear(self) -> None:
+        """Forget all samples and tasks; the projects stay."""
+        with psycopg.connect(self.settings()["DATA_FACTORY_OWNER_DSN"], autocommit=True) as owner:
+            owner.execute("TRUNCATE samples, runs, pull_cursors, webhook_events CASCADE")
+        self.label_studio_db.execute("TRUNCATE task CASCADE")
 
-@pytest.fixture
-def station(
-    postgres: LocalPostgres, running_label_studio: RunningLabelStudio, data_factory: str, db: Connection, tmp_path: Path
+    def settings(self) -> dict[str, str]:
+        """What the settings file says."""
+        return {name: value or "" for name, value in dotenv_values(self.env_file).items()}
+
+
+@contextmanager
+def new_station(
+    postgres: LocalPostgres, running_label_studio: RunningLabelStudio, data_factory: str, folder: Path
 ) -> Iterator[Station]:
     env_file = write_settings(
-        tmp_path / "settings.env",
+        folder / "settings.env",
         LABEL_STUDIO_URL=running_label_studio.address,
         LABEL_STUDIO_API_KEY=running_label_studio.account.token,
         LABEL_STUDIO_DSN=postgres.dsn("label_studio_reader", "label_studio"),
         LABEL_STUDIO_OWNER_DSN=postgres.dsn("label_studio", "label_studio"),
         DATA_FACTORY_DSN=postgres.dsn("labelstation", data_factory),
         DATA_FACTORY_OWNER_DSN=postgres.dsn("labelstation_owner", data_factory),
-        RAW_DIR=str(tmp_path / "raw"),
-        REVIEWED_DIR=str(tmp_path / "reviewed"),
+        RAW_DIR=str(folder / "raw"),
+        REVIEWED_DIR=str(folder / "reviewed"),
     )
     for script in ("migrate", "setup_projects"):
         done = run_script(script, "--json", env_file=env_file)
@@ -143,7 +158,10 @@ def station(
     made = json.loads(done.stdout)
     projects = {task_type: int(entry["project"]) for task_type, entry in made.items()}
     admin = Annotator.with_token(running_label_studio.address, running_label_studio.account.token)
-    with psycopg.connect(postgres.dsn("label_studio", "label_studio"), autocommit=True) as label_studio_db:
+    with (
+        psycopg.connect(postgres.dsn("labelstation", data_factory), autocommit=True) as db,
+        psycopg.connect(postgres.dsn("postgres", "label_studio"), autocommit=True) as label_studio_db,
+    ):
         yield Station(
             env_file,
             running_label_studio.address,
@@ -155,3 +173,28 @@ def station(
         )
     for project_id in projects.values():
         admin.call("DELETE", f"/api/projects/{project_id}/")
+
+
+@pytest.fixture
+def station(
+    postgres: LocalPostgres, running_label_studio: RunningLabelStudio, data_factory: str, tmp_path: Path
+) -> Iterator[Station]:
+    with new_station(postgres, running_label_studio, data_factory, tmp_path) as result:
+        yield result
+
+
+@pytest.fixture(scope="module")
+def shared_station(
+    postgres: LocalPostgres,
+    running_label_studio: RunningLabelStudio,
+    schema_template: str,
+    tmp_path_factory: pytest.TempPathFactory,
+    request: pytest.FixtureRequest,
+) -> Iterator[Station]:
+    """One station for all tests of a file, which empty it as they need; making one takes seconds."""
+    folder = tmp_path_factory.mktemp("station")
+    with (
+        copied_database(postgres, schema_template, f"test_{abs(hash(request.node.nodeid)):x}") as data_factory,
+        new_station(postgres, running_label_studio, data_factory, folder) as result,
+    ):
+        yield result

@@ -2,17 +2,14 @@
 
 import hashlib
 import os
-import re
 import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import psycopg
-import requests
 
 from station.local_services import PROJECT
 
@@ -32,18 +29,29 @@ def run_script(name: str, *arguments: str, env_file: Path, **environment: str) -
     )
 
 
-@contextmanager
-def start_script(name: str, *arguments: str, env_file: Path) -> Iterator[subprocess.Popen[str]]:
-    """Start one of the scripts and go on; it is killed at the end if it still runs."""
-    running = subprocess.Popen(
+def launch_script(name: str, *arguments: str, env_file: Path, **environment: str) -> subprocess.Popen[str]:
+    """Start one of the scripts and go on; `finish` waits for it."""
+    return subprocess.Popen(
         [sys.executable, str(PROJECT / "scripts" / f"{name}.py"), "--env-file", str(env_file), *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         cwd=env_file.parent,
-        env={"PATH": os.environ["PATH"]},
+        env={"PATH": os.environ["PATH"], **environment},
     )
-    with running:
+
+
+def finish(running: subprocess.Popen[str], expect: int = 0) -> tuple[str, str]:
+    """Wait for a script that was launched; returns its stdout and stderr."""
+    output, errors = running.communicate(timeout=120)
+    assert running.returncode == expect, f"{running.returncode}\n{output}\n{errors}"
+    return output, errors
+
+
+@contextmanager
+def start_script(name: str, *arguments: str, env_file: Path) -> Iterator[subprocess.Popen[str]]:
+    """Start one of the scripts and go on; it is killed at the end if it still runs."""
+    with launch_script(name, *arguments, env_file=env_file) as running:
         try:
             yield running
         finally:
@@ -114,64 +122,3 @@ def text_result(control: str, text: str, to_name: str = "audio") -> list[dict[st
     """An annotation's result as the labelling page sends it."""
     entry = {"id": "r1", "type": "textarea", "from_name": control, "to_name": to_name, "origin": "manual"}
     return [{**entry, "value": {"text": [text]}}]
-
-
-@dataclass
-class Annotator:
-    """A person at work in Label Studio, through its API."""
-
-    address: str
-    session: requests.Session = field(default_factory=requests.Session)
-
-    def __post_init__(self) -> None:
-        # gunicorn drops idle connections after two seconds, possibly while the next request is on its way.
-        self.session.headers["Connection"] = "close"
-
-    @classmethod
-    def invited(cls, address: str, admin_token: str, email: str) -> "Annotator":
-        """Sign up with an invitation, as a new annotator does."""
-        link = requests.get(f"{address}/api/invite", headers={"Authorization": f"Token {admin_token}"}, timeout=30)
-        page = f"{address}{link.json()['invite_url']}"
-        person = cls(address)
-        form = person.session.get(page, timeout=30).text
-        token = re.search(r'name="csrfmiddlewaretoken" value="([^"]+)"', form)
-        assert token is not None
-        answer = person.session.post(
-            page,
-            data={"email": email, "password": "correct horse", "csrfmiddlewaretoken": token[1]},
-            headers={"Referer": page},
-            timeout=30,
-        )
-        answer.raise_for_status()
-        return person
-
-    @classmethod
-    def with_token(cls, address: str, token: str) -> "Annotator":
-        """The account that a legacy token belongs to."""
-        person = cls(address)
-        person.session.headers["Authorization"] = f"Token {token}"
-        return person
-
-    def call(self, method: str, path: str, body: object = None) -> Any:
-        """One request to the API."""
-        headers = {"X-CSRFToken": self.session.cookies.get("csrftoken", ""), "Referer": self.address}
-        answer = self.session.request(method, self.address + path, json=body, headers=headers, timeout=60)
-        assert answer.ok, f"{method} {path}: {answer.status_code} {answer.text[:500]}"
-        return answer.json() if answer.content else None
-
-    def annotate(
-        self, task_id: int, result: list[dict[str, Any]], *, lead_time: float = 0.001, skip: bool = False
-    ) -> int:
-        """Submit or skip; returns the annotation's id."""
-        body = {"result": result, "lead_time": lead_time, "was_cancelled": skip}
-        return int(self.call("POST", f"/api/tasks/{task_id}/annotations/", body)["id"])
-
-    def change(self, annotation_id: int, result: list[dict[str, Any]]) -> None:
-        """Submit again."""
-        self.call("PATCH", f"/api/annotations/{annotation_id}/", {"result": result})
-
-    def delete_annotation(self, annotation_id: int) -> None:
-        self.call("DELETE", f"/api/annotations/{annotation_id}/")
-
-    def delete_task(self, task_id: int) -> None:
-        self.call("DELETE", f"/api/tasks/{task_id}/")

@@ -12,7 +12,7 @@ from types import FrameType
 
 import psycopg
 
-from station.errors import ExitCode, StationError
+from station.errors import ExitCode, StationError, TerminatedError, exit_code_of
 from station.task_types import TASK_TYPES, task_type_argument
 
 log = logging.getLogger("labelstation")
@@ -35,9 +35,7 @@ class _ConsoleFormatter(logging.Formatter):
 
 def parser(description: str) -> argparse.ArgumentParser:
     """A parser with the options that every script has."""
-    result = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    result = argparse.ArgumentParser(description=description, allow_abbrev=False)
     result.add_argument("-v", "--verbose", action="store_true", help="say more on stderr")
     result.add_argument("--json", action="store_true", help="print the result as JSON")
     result.add_argument(
@@ -69,7 +67,8 @@ def add_dry_run(options: argparse.ArgumentParser) -> None:
 def positive(value: str) -> int:
     """An argument that must be a whole number above zero."""
     number = int(value) if value.isascii() and value.isdigit() else 0
-    if number < 1:
+    # PostgreSQL counts with 64 bits.
+    if not 0 < number < 2**63:
         raise argparse.ArgumentTypeError(f"{value!r} is not a whole number above 0")
     return number
 
@@ -81,19 +80,13 @@ def add_limit(options: argparse.ArgumentParser, what: str) -> None:
 
 def print_result(options: argparse.Namespace, result: Mapping[str, object], lines: list[str]) -> None:
     """Print the result of a script on stdout: as JSON for machines, as lines for people."""
-    if options.json:
-        print(json.dumps(result, ensure_ascii=False, default=str))
-    else:
-        for line in lines:
-            print(line)
-
-
-class _TerminatedError(BaseException):
-    pass
+    for line in [json.dumps(result, ensure_ascii=False, default=str)] if options.json else lines:
+        # Flushed, so that a reader who has gone is noticed here and not when Python shuts down.
+        print(line, flush=True)
 
 
 def _terminate(_number: int, _frame: FrameType | None) -> None:
-    raise _TerminatedError
+    raise TerminatedError
 
 
 def run(options: argparse.ArgumentParser, job: Callable[[argparse.Namespace], ExitCode]) -> None:
@@ -110,15 +103,13 @@ def run(options: argparse.ArgumentParser, job: Callable[[argparse.Namespace], Ex
         code = job(arguments)
     except StationError as error:
         log.error("%s", error)
-        code = error.exit_code
+        code = exit_code_of(error)
     except psycopg.OperationalError as error:
         # Opening a connection has its own messages; this one broke while it was in use.
-        log.error("PostgreSQL broke off: %s; run this again", str(error).strip().splitlines()[0])
-        code = ExitCode.TRY_AGAIN
-    except KeyboardInterrupt:
-        code = ExitCode.INTERRUPTED
-    except _TerminatedError:
-        code = ExitCode.TERMINATED
+        log.error("PostgreSQL broke off: %s; run this again", str(error).strip().partition("\n")[0])
+        code = exit_code_of(error)
+    except KeyboardInterrupt as error:
+        code = exit_code_of(error)
     except BrokenPipeError:
         # Whoever read stdout has gone; the work itself is committed.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -4,6 +4,9 @@ A Label Studio that lacks one of these, or gives it another type, is refused bef
 Holds for the version of Label Studio named below.
 """
 
+from datetime import datetime
+from typing import Any
+
 from psycopg import sql
 
 from station.database import Connection
@@ -108,19 +111,25 @@ def check(connection: Connection) -> None:
         )
 
 
-def check_same(connection: Connection, label_studio: LabelStudio, project_id: int) -> None:
-    """Refuse an address and a database that belong to different Label Studios.
+def check_same(connection: Connection, label_studio: LabelStudio, project_id: int) -> dict[str, Any]:
+    """Refuse an address and a database that belong to different Label Studios; returns the project.
 
     Raises:
         SettingError: they do, or the project does not exist.
     """
-    title = label_studio.project(project_id)["title"]
-    row = connection.execute("SELECT title FROM project WHERE id = %s", [project_id]).fetchone()
-    if row != (title,):
+    label_studio.version()
+    project = label_studio.project(project_id)
+    # The moment, too: every station gives its projects the same titles.
+    here = (project["title"], datetime.fromisoformat(project["created_at"]))
+    there = connection.execute("SELECT title, created_at FROM project WHERE id = %s", [project_id]).fetchone()
+    if here != there:
+        found = f"{there[0]!r} of {there[1]:%Y-%m-%d %H:%M:%S}" if there else "none"
         raise SettingError(
             f"LABEL_STUDIO_DSN and LABEL_STUDIO_URL are two different Label Studios: {label_studio.address} has "
-            f"project {project_id} {title!r}, the database has {repr(row[0]) if row else 'none'}"
+            f"project {project_id} {here[0]!r} of {here[1]:%Y-%m-%d %H:%M:%S}, the database has {found}: correct one "
+            "of the settings"
         )
+    return project
 
 
 def grant_reader(connection: Connection, reader: str) -> None:

@@ -9,14 +9,15 @@ from typing import Any
 import psycopg
 from psycopg import sql
 
-from station.errors import ExitCode, SettingError, StationError, UnavailableError
+from station.errors import ExitCode, SettingError, UnavailableError, exit_code_of
 from station.settings import Settings
 from station.task_types import TASK_TYPES, TaskType
 
 Connection = psycopg.Connection[tuple[Any, ...]]
 
-# SQLSTATE classes that a different setting would cure: wrong password, role, database or right.
-_WRONG_SETTING = ("28", "3D", "42501")
+# A server that refuses a connection cannot be told from the SQLSTATE, which libpq drops, but by what it says: a wrong
+# password, role, database or right, unless it is one of these.
+_REFUSES_FOR_NOW = ("starting up", "shutting down", "recovery", "not yet accepting", "too many", "connection slots")
 _LOCK_WAIT_SECONDS = 10
 
 
@@ -46,11 +47,11 @@ def connect(settings: Settings, setting: str, script: str) -> Connection:
             " -c work_mem=64MB -c temp_buffers=64MB -c jit=off",
         )
     except psycopg.OperationalError as error:
-        reason = str(error).strip().splitlines()[-1]
-        if (error.sqlstate or "").startswith(_WRONG_SETTING) or "does not exist" in reason:
-            raise SettingError(f"{setting.upper()}: {reason}") from None
-        if "password authentication failed" in reason or "no password supplied" in reason:
-            raise SettingError(f"{setting.upper()}: {reason}") from None
+        # The other lines are hints, and what each of several addresses said.
+        reason = str(error).strip().partition("\n")[0]
+        refused = "FATAL" in reason or "no password supplied" in reason
+        if refused and not any(words in reason for words in _REFUSES_FOR_NOW):
+            raise SettingError(f"{setting.upper()}: {reason}: correct the setting, or run sql/cluster.sql") from None
         raise UnavailableError(f"PostgreSQL does not answer at {setting.upper()}: {reason}; is it running?") from None
     return connection
 
@@ -122,8 +123,8 @@ def recorded_run(connection: Connection, script: str, task_type: TaskType | None
     try:
         yield run
         exit_code = int(str(run.counts.pop("exit_code", int(ExitCode.DONE))))
-    except StationError as error:
-        exit_code = error.exit_code
+    except BaseException as error:
+        exit_code = exit_code_of(error)
         raise
     finally:
         if not connection.closed:

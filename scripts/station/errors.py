@@ -2,6 +2,8 @@
 
 from enum import IntEnum
 
+import psycopg
+
 
 class ExitCode(IntEnum):
     """What the exit status of every script means."""
@@ -41,7 +43,24 @@ class UnavailableError(StationError):
     exit_code = ExitCode.TRY_AGAIN
 
 
+class TerminatedError(KeyboardInterrupt):
+    """SIGTERM came. A KeyboardInterrupt, because psycopg then cancels what the server is doing."""
+
+
 class PersonNeededError(StationError):
     """Going on needs a person's decision."""
 
     exit_code = ExitCode.PERSON_NEEDED
+
+
+def exit_code_of(error: BaseException) -> ExitCode:
+    """The exit code of a script that this error ends."""
+    if isinstance(error, StationError):
+        return error.exit_code
+    if isinstance(error, psycopg.OperationalError):
+        return ExitCode.TRY_AGAIN
+    if isinstance(error, TerminatedError):
+        return ExitCode.TERMINATED
+    if isinstance(error, KeyboardInterrupt):
+        return ExitCode.INTERRUPTED
+    return ExitCode.UNEXPECTED

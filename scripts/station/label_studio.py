@@ -9,7 +9,7 @@ from typing import Any
 
 import requests
 
-from station.errors import SettingError, StationError, UnavailableError
+from station.errors import ExitCode, SettingError, StationError, UnavailableError
 from station.settings import Settings
 
 _CONNECT_SECONDS = 10
@@ -28,6 +28,9 @@ class RefusedError(StationError):
         status: the HTTP status.
         detail: what Label Studio said.
     """
+
+    # Where no caller knows better: the account lacks a right, or something is not there.
+    exit_code = ExitCode.SETTING
 
     def __init__(self, message: str, status: int, detail: str) -> None:
         """Keep what Label Studio said beside the message."""
@@ -49,11 +52,17 @@ class LabelStudio:
         self._token = settings.require("label_studio_api_key")
         self._timeout = (_CONNECT_SECONDS, settings.label_studio_timeout_seconds)
         self._session = requests.Session()
+        self._renewable = _is_personal_access_token(self._token)
         # gunicorn drops idle connections after two seconds: the next request on one breaks, though nothing is wrong.
         self._session.headers["Connection"] = "close"
         self._access_expires = 0.0
-        if not _is_personal_access_token(self._token):
-            self._session.headers["Authorization"] = f"Token {self._token}"
+        self._authorization = f"Token {self._token}"
+        # A function and not a header, which an entry in ~/.netrc would replace.
+        self._session.auth = self._authorize
+
+    def _authorize(self, request: requests.PreparedRequest) -> requests.PreparedRequest:
+        request.headers["Authorization"] = self._authorization
+        return request
 
     def request(
         self,
@@ -71,16 +80,26 @@ class LabelStudio:
             SettingError: the token is wrong, or this is not a Label Studio.
             RefusedError: it answered 4xx.
         """
-        if _is_personal_access_token(self._token) and time.monotonic() > self._access_expires:
+        if self._renewable and time.monotonic() > self._access_expires:
             self._renew_access()
         answer = self._send(method, path, body, parameters)
+        if self._renewable and answer.status_code == requests.codes.unauthorized:
+            # Expired all the same: this machine slept, or Label Studio's clock is another. Nothing was carried out.
+            self._renew_access()
+            answer = self._send(method, path, body, parameters)
         if answer.status_code == requests.codes.unauthorized:
             raise SettingError(
                 f"LABEL_STUDIO_API_KEY: Label Studio at {self.address} does not accept it: {_told(answer)}"
             )
         if answer.status_code >= requests.codes.server_error:
-            raise UnavailableError(
-                f"Label Studio at {self.address} failed with {answer.status_code} on {method} {path}"
+            # Perhaps a proxy that waited in vain, or a failure after the tasks were made.
+            raise NoAnswerError(
+                f"Label Studio at {self.address} failed with {answer.status_code} on {method} {path}: its log says why"
+            )
+        if answer.is_redirect:
+            raise SettingError(
+                f"LABEL_STUDIO_URL: {self.address}{path} redirects to {answer.headers['Location']}: name the address "
+                "that it leads to"
             )
         if not answer.ok:
             raise RefusedError(
@@ -117,17 +136,20 @@ class LabelStudio:
             raise self._unreachable(error) from None
         except requests.ReadTimeout:
             raise NoAnswerError(
-                f"Label Studio at {self.address} did not answer {method} {path} within {self._timeout[1]:.0f} s"
+                f"Label Studio at {self.address} did not answer {method} {path} within {self._timeout[1]:g} s: "
+                "is it overloaded, or LABEL_STUDIO_TIMEOUT_SECONDS too short?"
             ) from None
+        except requests.exceptions.SSLError as error:
+            raise SettingError(f"LABEL_STUDIO_URL: no secure connection to {self.address}: {error}") from None
         except requests.ConnectionError as error:
             if "NewConnectionError" in repr(error) or "NameResolutionError" in repr(error):
                 raise self._unreachable(error) from None
             raise NoAnswerError(
-                f"the connection to Label Studio at {self.address} broke during {method} {path}"
+                f"the connection to Label Studio at {self.address} broke during {method} {path}: is it running?"
             ) from None
         except (requests.exceptions.ChunkedEncodingError, requests.exceptions.ContentDecodingError):
             raise NoAnswerError(
-                f"the connection to Label Studio at {self.address} broke during {method} {path}"
+                f"the connection to Label Studio at {self.address} broke during {method} {path}: is it running?"
             ) from None
         except (requests.exceptions.InvalidURL, requests.exceptions.InvalidSchema) as error:
             raise SettingError(f"LABEL_STUDIO_URL: {self.address}: {error}") from None
@@ -139,7 +161,10 @@ class LabelStudio:
     def _renew_access(self) -> None:
         answer = self._send("POST", "/api/token/refresh", {"refresh": self._token}, None)
         if answer.status_code >= requests.codes.server_error:
-            raise UnavailableError(f"Label Studio at {self.address} failed with {answer.status_code}")
+            raise UnavailableError(
+                f"Label Studio at {self.address} failed with {answer.status_code} on the renewal of the access token: "
+                "its log says why"
+            )
         try:
             access = answer.json()["access"]
             expires = _payload(access)["exp"] - _payload(access)["iat"]
@@ -148,16 +173,21 @@ class LabelStudio:
                 f"LABEL_STUDIO_API_KEY: Label Studio at {self.address} does not accept this personal access token: "
                 f"{_told(answer)}"
             ) from None
-        self._session.headers["Authorization"] = f"Bearer {access}"
+        self._authorization = f"Bearer {access}"
         self._access_expires = time.monotonic() + max(1, expires - _RENEW_BEFORE_SECONDS)
 
     def version(self) -> str:
-        """Its version, such as 1.23.2."""
-        answer = self.request("GET", "/api/version")
+        """Its version, such as 1.23.2.
+
+        Raises:
+            SettingError: what answers there is not Label Studio.
+        """
         try:
-            return str(answer["release"])
-        except (KeyError, TypeError):
-            raise SettingError(f"LABEL_STUDIO_URL: {self.address} does not answer as Label Studio does") from None
+            return str(self.request("GET", "/api/version")["release"])
+        except (RefusedError, KeyError, TypeError):
+            raise SettingError(
+                f"LABEL_STUDIO_URL: what answers at {self.address} is not Label Studio: correct the address"
+            ) from None
 
     def whoami(self) -> str:
         """E-mail address of the token's account."""
@@ -173,7 +203,10 @@ class LabelStudio:
             result: dict[str, Any] = self.request("GET", f"/api/projects/{project_id}/")
         except RefusedError as error:
             if error.status == requests.codes.not_found:
-                raise SettingError(f"Label Studio at {self.address} has no project {project_id}") from None
+                raise SettingError(
+                    f"Label Studio at {self.address} has no project {project_id} that this account may see: it was "
+                    "deleted, or LS_PROJECT_… or LABEL_STUDIO_URL is wrong"
+                ) from None
             raise
         return result
 

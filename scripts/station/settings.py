@@ -1,11 +1,12 @@
 """The settings of all scripts: read once, validated once."""
 
+import io
 import os
 from pathlib import Path
 from typing import Annotated, Self
 
 import psycopg.conninfo
-from dotenv import dotenv_values
+from dotenv.parser import parse_stream
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
 from station.errors import SettingError
@@ -22,18 +23,32 @@ def _audio_address(value: str) -> str:
     return _web_address(value) if value else ""
 
 
+def _secret(value: str) -> str:
+    # What can stand in an HTTP header.
+    if not value.isascii() or not value.isprintable() or " " in value:
+        raise ValueError("has characters that no access token has: copy it again")
+    return value
+
+
 def _dsn(value: str) -> str:
     try:
-        psycopg.conninfo.conninfo_to_dict(value)
-    except psycopg.ProgrammingError as error:
-        raise ValueError(f"is not a PostgreSQL connection string ({str(error).strip()})") from None
+        ports = str(psycopg.conninfo.conninfo_to_dict(value).get("port", "")).split(",")
+        usable = all(port.isdigit() for port in ports if port)
+    except psycopg.ProgrammingError:
+        usable = False
+    if not usable:
+        # What libpq says would quote the part that it stumbles over, which may be of the password.
+        raise ValueError(
+            "is not a PostgreSQL connection string such as host=localhost dbname=data_factory user=labelstation "
+            "(in a URL, special characters of the password are written as %XX)"
+        )
     return value
 
 
 WebAddress = Annotated[str, AfterValidator(_web_address)]
 AudioAddress = Annotated[str, AfterValidator(_audio_address)]
 Dsn = Annotated[str, AfterValidator(_dsn)]
-Secret = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1, pattern=r"^\S+$")]
+Secret = Annotated[str, StringConstraints(strip_whitespace=True), AfterValidator(_secret)]
 
 
 class Settings(BaseModel):
@@ -60,10 +75,13 @@ class Settings(BaseModel):
 
     @model_validator(mode="after")
     def _one_project_each(self) -> Self:
-        projects = [self.ls_project_transcript, self.ls_project_translation, self.ls_project_segmentation]
-        given = [project for project in projects if project is not None]
-        if len(set(given)) < len(given):
-            raise ValueError("two of the settings LS_PROJECT_… name the same project")
+        taken: dict[int, str] = {}
+        for name in ("ls_project_transcript", "ls_project_translation", "ls_project_segmentation"):
+            project = getattr(self, name)
+            if project in taken:
+                raise ValueError(f"{taken[project]} and {name.upper()} name the same project: give each its own")
+            if project is not None:
+                taken[project] = name.upper()
         return self
 
     def require(self, name: str) -> str:
@@ -96,7 +114,7 @@ def load_settings(env_file: Path) -> Settings:
         if name in os.environ:
             values[field], origins[field] = os.environ[name], "the environment"
         elif (credentials / name).is_file():
-            values[field] = (credentials / name).read_text(encoding="utf-8").strip()
+            values[field] = _read(credentials / name).strip()
             origins[field] = f"the credential {name}"
         elif name in from_file:
             values[field], origins[field] = from_file[name], str(env_file)
@@ -119,7 +137,19 @@ def _read_env_file(env_file: Path) -> dict[str, str]:
         if env_file == Path(".env"):
             return {}
         raise SettingError(f"there is no settings file {env_file}: copy .env.example and edit it")
+    result = {}
+    for binding in parse_stream(io.StringIO(_read(env_file))):
+        if binding.error:
+            raise SettingError(f"{env_file}, line {binding.original.line}: is not NAME=value: correct that line")
+        if binding.key is not None:
+            result[binding.key] = binding.value or ""
+    return result
+
+
+def _read(file: Path) -> str:
     try:
-        return {name: value or "" for name, value in dotenv_values(env_file, interpolate=False).items()}
-    except (OSError, UnicodeDecodeError) as error:
-        raise SettingError(f"cannot read the settings file {env_file}: {error}") from None
+        return file.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise SettingError(f"cannot read the settings in {file}: it is not UTF-8: save it as UTF-8") from None
+    except OSError as error:
+        raise SettingError(f"cannot read the settings in {file}: {error.strerror}") from None

@@ -29,10 +29,13 @@ def standing(task_type: TaskType) -> sql.Composed:
     """
     missing_texts = [
         sql.SQL(
-            """WHEN NOT EXISTS (
-                SELECT FROM revisions AS r
+            r"""WHEN NOT coalesce((
+                SELECT r.text ~ '\S'
+                FROM revisions AS r
                 WHERE r.sample_id = s.sample_id AND r.kind = {kind}::revision_kind AND r.withdrawn_at IS NULL
-            ) THEN {standing}"""
+                ORDER BY r.version DESC
+                LIMIT 1
+            ), false) THEN {standing}"""
         ).format(kind=kind, standing=without(kind))
         for kind in task_type.needs_texts
     ]

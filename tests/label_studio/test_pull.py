@@ -8,7 +8,8 @@ import pytest
 
 from conftest import Station
 from loop import CORRECTED, TRANSCRIPT, add_annotations, current, pull, push, said, state, template_result, version
-from support import Annotator, Connection, add_sample, change_audio, change_text
+from station.local_annotator import Annotator
+from support import Connection, add_sample, change_audio, change_text
 
 BEFORE = "xin chào các bạn"
 
@@ -17,7 +18,7 @@ BEFORE = "xin chào các bạn"
 def colleague(station: Station, request: pytest.FixtureRequest) -> Annotator:
     """A second person."""
     name = f"colleague-{abs(hash(request.node.nodeid))}"
-    return Annotator.invited(station.address, station.token, f"{name}@labelstation.example")
+    return station.admin.invite(f"{name}@labelstation.example", "correct horse")
 
 
 def test_each_task_type_comes_home_as_its_labelling_page_sends_it(station: Station) -> None:

@@ -10,7 +10,7 @@ import pytest
 from conftest import Station
 from loop import TRANSCRIPT, push, template_result
 from station.local_services import PROJECT, LocalPostgres
-from support import Annotator, add_sample, run_script, write_settings
+from support import add_sample, run_script, write_settings
 
 
 @pytest.fixture
@@ -140,7 +140,7 @@ def test_an_existing_project_is_adopted_with_a_personal_access_token(station: St
     assert station.admin.call("GET", f"/api/projects/{own}/")["title"] == "Transcript Correction"
     recorded = station.db.execute("SELECT project_id FROM projects WHERE task_type = %s", [TRANSCRIPT]).fetchone()
     assert recorded == (own,)
-    Annotator.call(station.admin, "DELETE", f"/api/projects/{own}/")
+    station.admin.call("DELETE", f"/api/projects/{own}/")
 
     for wrong in (f"{token[:-4]}AAAA", "0" * 40):
         settings.write_text(known.replace(station.token, wrong))

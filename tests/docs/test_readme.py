@@ -1,0 +1,51 @@
+"""The README says the truth: its commands are carried out, its files are there."""
+
+import os
+import re
+import subprocess
+import sys
+
+from conftest import Station
+from station.local_services import PROJECT
+
+README = (PROJECT / "README.md").read_text(encoding="utf-8")
+TRY_IT, USE_IT = re.findall(r"```sh\n(.*?)```", README, re.DOTALL)[:2]
+
+
+def make(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        ["make", f"PY={sys.executable}", *arguments],
+        cwd=PROJECT,
+        env={"PATH": os.environ["PATH"], "HOME": os.environ["HOME"], **environment},
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+
+
+def test_daily_commands_do_what_the_readme_says(station: Station) -> None:
+    printed = {}
+    for line in USE_IT.splitlines():
+        done = make(*line.split()[1:], ENV_FILE=str(station.env_file))
+        assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"
+        printed[line] = done.stdout
+    assert len(printed) == 7
+    assert (
+        "would push 29 transcript_correction tasks"
+        in printed["make push TASK=transcript_correction LIMIT=50 DRY_RUN=1"]
+    )
+    assert len(station.tasks()) == 29
+
+
+def test_every_target_named_exists_and_make_alone_lists_them() -> None:
+    listed = set(re.findall(r"^  make ([a-z-]+) ", make().stdout, re.MULTILINE))
+    named = set(re.findall(r"(?:`|^)make ([a-z][a-z-]+)", README, re.MULTILINE))
+    assert {"demo", "test", "push", "demo-stop"} <= named
+    assert named <= listed
+    assert [line.split()[1] for line in TRY_IT.splitlines()] == ["demo", "test"]
+
+
+def test_every_file_that_is_pointed_to_is_there() -> None:
+    for target in re.findall(r"\]\((?!http)([^)]+)\)", README):
+        assert (PROJECT / target).exists(), target
