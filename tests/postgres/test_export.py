@@ -446,10 +446,13 @@ def test_two_at_once_write_everything_once(reviews: Reviews, settings_file: Path
     reviews.add_many(700)
     command = [sys.executable, str(PROJECT / "scripts/export.py"), "--env-file", str(settings_file), "--json"]
     both = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
-    results = [json.loads(process.communicate(timeout=120)[0]) for process in both]
-    assert [process.returncode for process in both] == [0, 0]
-    assert sorted((result["exported"], result["up_to_date"]) for result in results) == [(0, 700), (700, 0)]
+    said = [process.communicate(timeout=120)[0] for process in both]
+    # The second waits for the first, and gives up when that takes long.
+    results = [json.loads(text) for process, text in zip(both, said, strict=True) if process.returncode == 0]
+    assert {process.returncode for process in both} in ({0}, {0, 75})
+    assert sum(result["exported"] for result in results) == 700
     assert len(samples_in(output / "transcript_verification")) == 700
+    assert export(settings_file)["up_to_date"] == 700
 
 
 def test_a_run_that_finds_another_one_working_ends_with_75(
