@@ -151,9 +151,11 @@ def carry_out(pull: Pull) -> None:
     reading = read(pull)
     work = note_work(pull)
     chosen = min(work, pull.options.limit or work)
-    for start in range(0, chosen, BATCH_ANNOTATIONS):
-        with pull.data_factory.transaction():
-            apply_batch(pull, start, min(start + BATCH_ANNOTATIONS, chosen))
+    with cli.progress(f"pull {pull.task_type.name}", chosen) as show:
+        for start in range(0, chosen, BATCH_ANNOTATIONS):
+            with pull.data_factory.transaction():
+                apply_batch(pull, start, min(start + BATCH_ANNOTATIONS, chosen))
+            show(start + BATCH_ANNOTATIONS)
     pull.counts.left_for_next = work - chosen
     with pull.data_factory.transaction():
         if reading.compared:
