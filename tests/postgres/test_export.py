@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import unicodedata
 from pathlib import Path
 
@@ -404,11 +405,11 @@ def test_audio_on_another_file_system_is_copied(reviews: Reviews, settings_file:
     sample_id = reviews.add_sample("clip", b"RIFF" * 100_000)
     reviews.review(sample_id)
     (reviews.raw / "audio/clip.wav").chmod(0o444)
-    elsewhere = Path("/dev/shm") / tmp_path.parent.name / tmp_path.name
-    assert elsewhere.parent.parent.stat().st_dev != tmp_path.stat().st_dev
-    export(settings_file, "--output-dir", str(elsewhere))
-    copied = elsewhere / "transcript_verification" / sample_id / "audio.wav"
-    assert copied.read_bytes() == b"RIFF" * 100_000
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as elsewhere:
+        assert Path(elsewhere).stat().st_dev != tmp_path.stat().st_dev
+        export(settings_file, "--output-dir", elsewhere)
+        copied = Path(elsewhere) / "transcript_verification" / sample_id / "audio.wav"
+        assert copied.read_bytes() == b"RIFF" * 100_000
 
 
 def test_destinations_do_not_know_of_each_other(reviews: Reviews, settings_file: Path, tmp_path: Path) -> None:
