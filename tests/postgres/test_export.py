@@ -12,18 +12,7 @@ import pytest
 
 from reviews import SEGMENTATION, TRANSCRIPT, TRANSLATION, Reviews, document, snapshot
 from station.local_services import PROJECT, LocalPostgres
-from support import Connection, run_script, write_settings
-
-
-@pytest.fixture
-def reviews(db: Connection, tmp_path: Path) -> Reviews:
-    (tmp_path / "raw").mkdir()
-    return Reviews(db, tmp_path / "raw")
-
-
-@pytest.fixture
-def output(tmp_path: Path) -> Path:
-    return tmp_path / "reviewed"
+from support import run_script, write_settings
 
 
 def export(settings_file: Path, *arguments: str, expected: int = 0) -> dict[str, object]:
