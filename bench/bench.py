@@ -458,7 +458,7 @@ def reviewed_samples(bench: Bench, number: int) -> None:
             "UPDATE samples SET audio_file_md5 = %s, audio_size_bytes = %s, audio_modified_ns = 0",
             [hashlib.md5(audio).hexdigest(), len(audio)],
         )
-        connection.execute("INSERT INTO annotators (label_studio_user_id) VALUES (1)")
+        connection.execute("INSERT INTO annotators (annotator_id, label_studio_user_id) VALUES (1, 1)")
         connection.execute(
             """
             WITH done AS (
