@@ -141,7 +141,7 @@ def timed(work: Callable[[], object]) -> float:
 def compare(ours: Measure, other: Measure) -> None:
     """Note how many times as fast ours is as another way, per item."""
     ratio = (other.seconds / other.items) / (ours.seconds / ours.items)
-    other.ratio = f"{ratio:.{0 if ratio >= 10 else 2}f}×"
+    other.ratio = f"{ratio:.{0 if ratio >= 10 else 2}f} x"
 
 
 # Ingest
