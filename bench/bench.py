@@ -44,7 +44,7 @@ class Measure:
         items: how many.
         seconds: wall-clock time.
         peak_mib: peak memory of the process, where it was measured.
-        ratio: how many times faster than the other way, per item.
+        ratio: how many times as fast labelstation is, per item, where this is another way.
     """
 
     step: str
@@ -139,10 +139,9 @@ def timed(work: Callable[[], object]) -> float:
 
 
 def compare(ours: Measure, other: Measure) -> None:
-    """Note how many times faster ours is than another way, per item."""
+    """Note how many times as fast ours is as another way, per item."""
     ratio = (other.seconds / other.items) / (ours.seconds / ours.items)
-    other.ratio = f"1 / {ratio:.1f}"
-    ours.ratio = "1"
+    other.ratio = f"{ratio:.{0 if ratio >= 10 else 2}f} x"
 
 
 # Ingest
@@ -458,7 +457,7 @@ def reviewed_samples(bench: Bench, number: int) -> None:
             "UPDATE samples SET audio_file_md5 = %s, audio_size_bytes = %s, audio_modified_ns = 0",
             [hashlib.md5(audio).hexdigest(), len(audio)],
         )
-        connection.execute("INSERT INTO annotators (label_studio_user_id) VALUES (1)")
+        connection.execute("INSERT INTO annotators (annotator_id, label_studio_user_id) VALUES (1, 1)")
         connection.execute(
             """
             WITH done AS (
@@ -514,7 +513,7 @@ def parser() -> argparse.ArgumentParser:
 def show(results: list[Measure]) -> None:
     """Print the table."""
     table = Table(box=None, pad_edge=False)
-    for heading in ("step", "way", "items", "seconds", "ms each", "peak MiB", "speed"):
+    for heading in ("step", "way", "items", "seconds", "ms each", "peak MiB", "labelstation is"):
         table.add_column(heading, justify="left" if heading in ("step", "way") else "right", no_wrap=True)
     for result in results:
         table.add_row(

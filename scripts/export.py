@@ -22,8 +22,6 @@ from pathlib import Path
 from typing import Any
 
 from psycopg.rows import class_row
-from rich.console import Console
-from rich.progress import Progress
 
 from manifest import SCHEMA_VERSION, add_output_dir, output_folder, write_manifest
 from station import cli
@@ -392,17 +390,15 @@ class Writer:
 
     def write(self) -> dict[str, Any]:
         """Do it all; returns what the plan could not know."""
-        console = Console(stderr=True)
         with (
-            Progress(console=console, transient=True, disable=not console.is_terminal) as progress,
+            cli.progress("export", min(self.plan.samples, self.limit)) as show,
             ThreadPoolExecutor(_THREADS) as pool,
         ):
-            bar = progress.add_task("export", total=min(self.plan.samples, self.limit))
             batch = self._begin(pool, 0)
             while batch:
                 following = self._begin(pool, batch.samples)
                 self._finish(batch)
-                progress.update(bar, completed=self.samples_written)
+                show(self.samples_written)
                 batch = following or self._begin(pool, 0)
         return {
             "exported": self.exported,

@@ -29,8 +29,6 @@ import psycopg
 import pydantic_core
 from psycopg import sql
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, ValidationError
-from rich.console import Console
-from rich.progress import Progress
 from typing_extensions import TypedDict
 
 from station import cli
@@ -501,22 +499,17 @@ def read_batches(
 
 def _read_lines(metadata: Path, rejections: Rejections) -> Iterator[list[NumberedLine]]:
     lines: list[NumberedLine] = []
-    read_bytes = 0
-    console = Console(stderr=True)
-    with (
-        metadata.open("rb") as file,
-        Progress(console=console, transient=True, disable=not console.is_terminal) as progress,
-    ):
-        bar = progress.add_task("ingest", total=metadata.stat().st_size)
+    read_bytes = batch_began = 0
+    with metadata.open("rb") as file, cli.progress("ingest", metadata.stat().st_size) as show:
         for number, raw in enumerate(_raw_lines(file), start=1):
             read_bytes += len(raw)
             content = raw.removeprefix(codecs.BOM_UTF8) if number == 1 else raw
             if not content.isspace():
                 lines.append(_read_line(number, content, rejections))
-            if len(lines) >= BATCH_LINES or read_bytes >= BATCH_BYTES:
+            if len(lines) >= BATCH_LINES or read_bytes - batch_began >= BATCH_BYTES:
                 yield lines
-                progress.advance(bar, read_bytes)
-                lines, read_bytes = [], 0
+                show(read_bytes)
+                lines, batch_began = [], read_bytes
         yield lines
 
 

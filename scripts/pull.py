@@ -2,7 +2,7 @@
 """Bring home what annotators did in Label Studio: new, changed, skipped and deleted work."""
 
 import argparse
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from datetime import UTC, datetime
 
 from psycopg import sql
@@ -151,9 +151,11 @@ def carry_out(pull: Pull) -> None:
     reading = read(pull)
     work = note_work(pull)
     chosen = min(work, pull.options.limit or work)
-    for start in range(0, chosen, BATCH_ANNOTATIONS):
-        with pull.data_factory.transaction():
-            apply_batch(pull, start, min(start + BATCH_ANNOTATIONS, chosen))
+    with cli.progress(f"pull {pull.task_type.name}", chosen) as show:
+        for start in range(0, chosen, BATCH_ANNOTATIONS):
+            with pull.data_factory.transaction():
+                apply_batch(pull, start, min(start + BATCH_ANNOTATIONS, chosen))
+            show(start + BATCH_ANNOTATIONS)
     pull.counts.left_for_next = work - chosen
     with pull.data_factory.transaction():
         if reading.compared:
@@ -177,6 +179,9 @@ class Cursor:
     tasks_fingerprint: str = ""
     annotations_max_id: int = 0
     annotations_fingerprint: str = ""
+
+
+CURSOR_COLUMNS = sql.SQL(", ").join(sql.Identifier(column.name) for column in fields(Cursor))
 
 
 @dataclass
@@ -279,13 +284,8 @@ def changed_annotations(pull: Pull, last: Cursor | None) -> sql.Composed:
 
 def last_cursor(pull: Pull) -> Cursor | None:
     """Where the last pull of this project stopped."""
-    row = pull.data_factory.execute(
-        """
-        SELECT read_until, unsettled_xid, tasks_max_id, tasks_fingerprint, annotations_max_id, annotations_fingerprint
-        FROM pull_cursors WHERE project_id = %s
-        """,
-        [pull.project_id],
-    ).fetchone()
+    query = sql.SQL("SELECT {} FROM pull_cursors WHERE project_id = {}").format(CURSOR_COLUMNS, pull.project_id)
+    row = pull.data_factory.execute(query).fetchone()
     return Cursor(*row) if row else None
 
 
@@ -418,23 +418,14 @@ def judge(pull: Pull, start: int, end: int) -> None:
             """
             CREATE TEMPORARY TABLE verdict AS
             SELECT
-                f.id, w.task_key, t.sample_id, t.gold_id, f.user_id, f.result, f.lead_time, began.at AS began_at,
-                f.created_at, f.updated_at, judged.status,
+                f.id AS label_studio_annotation_id, w.task_key, t.sample_id, t.gold_id, f.user_id, f.result,
+                f.lead_time AS lead_time_seconds, began.at AS began_at, f.created_at AS submitted_at,
+                f.updated_at AS changed_at, judged.status,
                 CASE judged.status WHEN 'invalid' THEN said.problem END AS problem,
                 CASE judged.status WHEN 'completed' THEN said.text END AS text,
                 CASE judged.status WHEN 'completed' THEN said.segments END AS segments,
                 shown.sync_version AS shown_version, shown.audio_file_md5, s.sync_version AS current_version,
-                CASE
-                    WHEN judged.status = 'completed' AND t.gold_id IS NULL THEN ARRAY(
-                        SELECT DISTINCT c.kind
-                        FROM sample_changes AS c
-                        WHERE c.sample_id = t.sample_id
-                            AND c.sync_version > shown.sync_version
-                            AND c.kind = ANY (relevant_changes({task_type}::task_type))
-                            AND c.task_key IS DISTINCT FROM w.task_key
-                    )
-                    ELSE '{{}}'
-                END AS conflict_kinds,
+                conflict.kinds <> '{{}}' AS conflict_detected, conflict.kinds AS conflict_kinds,
                 before.annotation_id IS NULL AS is_new
             FROM work AS w
             INNER JOIN feed AS f USING (id)
@@ -464,6 +455,18 @@ def judge(pull: Pull, start: int, end: int) -> None:
                     ELSE 'completed'
                 END::annotation_status AS status
             ) AS judged
+            CROSS JOIN LATERAL (
+                SELECT ARRAY(
+                    SELECT DISTINCT c.kind
+                    FROM sample_changes AS c
+                    WHERE judged.status = 'completed'
+                        AND t.gold_id IS NULL
+                        AND c.sample_id = t.sample_id
+                        AND c.sync_version > shown.sync_version
+                        AND c.kind = ANY (relevant_changes({task_type}::task_type))
+                        AND c.task_key IS DISTINCT FROM w.task_key
+                ) AS kinds
+            ) AS conflict
             WHERE w.position >= {start} AND w.position < {end}
             """
         ).format(
@@ -474,7 +477,9 @@ def judge(pull: Pull, start: int, end: int) -> None:
             end=end,
         )
     )
-    pull.data_factory.execute("ANALYZE verdict (id, sample_id, task_key, status, conflict_kinds, is_new)")
+    pull.data_factory.execute(
+        "ANALYZE verdict (label_studio_annotation_id, sample_id, task_key, status, conflict_detected, is_new)"
+    )
 
 
 # Controls are found by from_name: a note in another text area is not the transcript.
@@ -558,42 +563,35 @@ def meet_annotators(pull: Pull) -> None:
     )
 
 
+RECORDED = (
+    "label_studio_annotation_id", "task_key", "status", "problem", "result", "text", "segments", "lead_time_seconds",
+    "began_at", "submitted_at", "changed_at", "shown_version", "current_version", "conflict_detected", "conflict_kinds",
+)  # fmt: skip
+
+
 def record_annotations(pull: Pull) -> None:
     """Write a batch of annotations as they are now; what was resolved about their earlier form no longer holds."""
     pull.data_factory.execute(
-        """
-        INSERT INTO submitted_annotations AS a (
-            label_studio_annotation_id, task_key, annotator_id, status, problem, result, text, segments,
-            lead_time_seconds, began_at, submitted_at, changed_at, shown_version, current_version,
-            conflict_detected, conflict_kinds, run_id
+        sql.SQL(
+            """
+            INSERT INTO submitted_annotations ({recorded}, annotator_id, run_id)
+            SELECT {recorded}, w.annotator_id, {run}
+            FROM verdict AS v
+            LEFT JOIN annotators AS w ON w.label_studio_user_id = v.user_id
+            ON CONFLICT (label_studio_annotation_id) DO UPDATE SET
+                ({recorded}) = ROW ({excluded}),
+                annotator_id = excluded.annotator_id,
+                run_id = excluded.run_id,
+                pulled_at = excluded.pulled_at,
+                conflict_resolution = NULL,
+                resolved_at = NULL,
+                resolved_by = NULL
+            """
+        ).format(
+            recorded=sql.SQL(", ").join(map(sql.Identifier, RECORDED)),
+            excluded=sql.SQL(", ").join(sql.Identifier("excluded", name) for name in RECORDED),
+            run=pull.run_id,
         )
-        SELECT
-            v.id, v.task_key, w.annotator_id, v.status, v.problem, v.result, v.text, v.segments,
-            v.lead_time, v.began_at, v.created_at, v.updated_at, v.shown_version, v.current_version,
-            v.conflict_kinds <> '{}', v.conflict_kinds, %s
-        FROM verdict AS v
-        LEFT JOIN annotators AS w ON w.label_studio_user_id = v.user_id
-        ON CONFLICT (label_studio_annotation_id) DO UPDATE SET
-            annotator_id = excluded.annotator_id,
-            status = excluded.status,
-            problem = excluded.problem,
-            result = excluded.result,
-            text = excluded.text,
-            segments = excluded.segments,
-            lead_time_seconds = excluded.lead_time_seconds,
-            began_at = excluded.began_at,
-            changed_at = excluded.changed_at,
-            pulled_at = clock_timestamp(),
-            shown_version = excluded.shown_version,
-            current_version = excluded.current_version,
-            conflict_detected = excluded.conflict_detected,
-            conflict_kinds = excluded.conflict_kinds,
-            conflict_resolution = NULL,
-            resolved_at = NULL,
-            resolved_by = NULL,
-            run_id = excluded.run_id
-        """,
-        [pull.run_id],
     )
 
 
@@ -607,15 +605,15 @@ def add_revisions(pull: Pull) -> int:
                 row_number() OVER of_sample AS number,
                 v.current_version + row_number() OVER of_sample AS sync_version
             FROM verdict AS v
-            INNER JOIN submitted_annotations AS a ON a.label_studio_annotation_id = v.id
+            INNER JOIN submitted_annotations AS a USING (label_studio_annotation_id)
             LEFT JOIN annotators AS w USING (annotator_id)
-            WHERE v.status = 'completed' AND v.conflict_kinds = '{}' AND v.gold_id IS NULL
+            WHERE v.status = 'completed' AND NOT v.conflict_detected AND v.gold_id IS NULL
                 AND (v.is_new OR NOT EXISTS (
                     SELECT FROM revisions AS r
                     WHERE r.annotation_id = a.annotation_id AND r.withdrawn_at IS NULL
                         AND r.text IS NOT DISTINCT FROM v.text AND r.segments IS NOT DISTINCT FROM v.segments
                 ))
-            WINDOW of_sample AS (PARTITION BY v.sample_id ORDER BY v.updated_at, v.id)
+            WINDOW of_sample AS (PARTITION BY v.sample_id ORDER BY v.changed_at, v.label_studio_annotation_id)
         ),
         noted AS (
             INSERT INTO sample_changes (sample_id, sync_version, kind, content_hash, source, task_key, run_id)
@@ -648,10 +646,10 @@ LAPSED = sql.SQL(
     """
     SELECT r.revision_id
     FROM verdict AS v
-    INNER JOIN submitted_annotations AS a ON a.label_studio_annotation_id = v.id
+    INNER JOIN submitted_annotations AS a USING (label_studio_annotation_id)
     INNER JOIN revisions AS r USING (annotation_id)
     WHERE NOT v.is_new AND (
-        v.status <> 'completed' OR v.conflict_kinds <> '{}'
+        v.status <> 'completed' OR v.conflict_detected
         OR r.text IS DISTINCT FROM v.text OR r.segments IS DISTINCT FROM v.segments
     )
     """
@@ -782,7 +780,7 @@ def count_verdicts(pull: Pull) -> None:
         """
         SELECT
             count(*) FILTER (WHERE is_new), count(*) FILTER (WHERE NOT is_new),
-            count(*) FILTER (WHERE status = 'skipped'), count(*) FILTER (WHERE conflict_kinds <> '{}')
+            count(*) FILTER (WHERE status = 'skipped'), count(*) FILTER (WHERE conflict_detected)
         FROM verdict
         """
     ).fetchone() or (0, 0, 0, 0)
@@ -790,13 +788,11 @@ def count_verdicts(pull: Pull) -> None:
     pull.counts.changed += row[1]
     pull.counts.skipped += row[2]
     pull.counts.conflicts += row[3]
-    for annotation_id, sample_id, problem in pull.data_factory.execute(
-        "SELECT id, sample_id, problem FROM verdict WHERE status = 'invalid' ORDER BY id"
+    for row in pull.data_factory.execute(
+        "SELECT label_studio_annotation_id, sample_id, problem FROM verdict WHERE status = 'invalid' ORDER BY 1"
     ):
         pull.counts.invalid += 1
-        log.error(
-            "annotation %s of sample %s: %s; correct or delete it in Label Studio", annotation_id, sample_id, problem
-        )
+        log.error("annotation %s of sample %s: %s; correct or delete it in Label Studio", *row)
 
 
 # Deletions and drafts
@@ -889,21 +885,16 @@ def note_drafts(pull: Pull) -> None:
 def move_cursor(pull: Pull, cursor: Cursor) -> None:
     """Remember how far Label Studio was read."""
     pull.data_factory.execute(
-        """
-        INSERT INTO pull_cursors (
-            project_id, read_until, unsettled_xid, tasks_max_id, tasks_fingerprint, annotations_max_id,
-            annotations_fingerprint
+        sql.SQL(
+            """
+            INSERT INTO pull_cursors (project_id, {columns}) VALUES ({project}, {values})
+            ON CONFLICT (project_id) DO UPDATE SET ({columns}) = ROW ({values})
+            """
+        ).format(
+            columns=CURSOR_COLUMNS,
+            project=pull.project_id,
+            values=sql.SQL(", ").join(map(sql.Literal, vars(cursor).values())),
         )
-        VALUES (%s, %s, %s, %s, %s, %s, %s)
-        ON CONFLICT (project_id) DO UPDATE SET
-            read_until = excluded.read_until,
-            unsettled_xid = excluded.unsettled_xid,
-            tasks_max_id = excluded.tasks_max_id,
-            tasks_fingerprint = excluded.tasks_fingerprint,
-            annotations_max_id = excluded.annotations_max_id,
-            annotations_fingerprint = excluded.annotations_fingerprint
-        """,
-        [pull.project_id, *vars(cursor).values()],
     )
 
 

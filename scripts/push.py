@@ -85,12 +85,13 @@ def main(options: argparse.Namespace) -> ExitCode:
             chosen = choose(push, options.limit)
             reasons = left_out(push, chosen)
             pushed = 0
-            for start in range(0, chosen, BATCH_TASKS):
-                keys = reserve(push, start, start + BATCH_TASKS)
-                send(push, keys)
-                made, refused = outcome(push, keys)
-                pushed, failed = pushed + made, failed + refused
-                log.debug("%s of %s pushed", pushed, chosen)
+            with cli.progress("push", chosen) as show:
+                for start in range(0, chosen, BATCH_TASKS):
+                    keys = reserve(push, start, start + BATCH_TASKS)
+                    send(push, keys)
+                    made, refused = outcome(push, keys)
+                    pushed, failed = pushed + made, failed + refused
+                    show(pushed)
             exit_code = ExitCode.PERSON_NEEDED if unclear else ExitCode.PARTIAL if failed else ExitCode.DONE
             run.counts.update(
                 pushed=pushed, recovered=recovered, failed=failed, twins_removed=twins, left_out=reasons,

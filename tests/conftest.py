@@ -12,6 +12,7 @@ import pytest
 from dotenv import dotenv_values
 from psycopg import sql
 
+from reviews import Reviews
 from station.local_annotator import Annotator
 from station.local_services import Account, LocalPostgres, Server, free_port, initialise_label_studio, label_studio
 from support import Connection, run_script, write_settings
@@ -198,3 +199,16 @@ def shared_station(
         new_station(postgres, running_label_studio, data_factory, folder) as result,
     ):
         yield result
+
+
+@pytest.fixture
+def reviews(db: Connection, tmp_path: Path) -> Reviews:
+    """Reviewed samples, as a pull leaves them, and a folder for their audio."""
+    (tmp_path / "raw").mkdir()
+    return Reviews(db, tmp_path / "raw")
+
+
+@pytest.fixture
+def output(tmp_path: Path) -> Path:
+    """Where to export to."""
+    return tmp_path / "reviewed"

@@ -65,7 +65,9 @@ class Reviews:
 
     def annotate(self, task_key: str, label_studio_user: int = 1) -> str:
         self.db.execute(
-            "INSERT INTO annotators (label_studio_user_id) VALUES (%s) ON CONFLICT DO NOTHING", [label_studio_user]
+            "INSERT INTO annotators (annotator_id, label_studio_user_id) VALUES (%(user)s, %(user)s) "
+            "ON CONFLICT DO NOTHING",
+            {"user": label_studio_user},
         )
         return self._one(
             """

@@ -6,11 +6,14 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
 import psycopg
+from rich.console import Console
+from rich.progress import Progress
 
 from station.errors import ExitCode, StationError, TerminatedError, exit_code_of
 from station.task_types import TASK_TYPES, task_type_argument
@@ -76,6 +79,15 @@ def positive(value: str) -> int:
 def add_limit(options: argparse.ArgumentParser, what: str) -> None:
     """Add `--limit`."""
     options.add_argument("--limit", type=positive, metavar="N", help=f"at most N {what}")
+
+
+@contextmanager
+def progress(what: str, total: float) -> Iterator[Callable[[float], None]]:
+    """Show a bar on stderr, if that is a terminal; yields what tells it how far the work has come."""
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bars:
+        bar = bars.add_task(what, total=total)
+        yield lambda completed: bars.update(bar, completed=completed)
 
 
 def print_result(options: argparse.Namespace, result: Mapping[str, object], lines: list[str]) -> None:

@@ -43,8 +43,8 @@ def connect(settings: Settings, setting: str, script: str) -> Connection:
             # A script that was killed must not go on inside the server.
             options="-c client_connection_check_interval=1s -c idle_in_transaction_session_timeout=15min"
             " -c lock_timeout=60s -c timezone=UTC"
-            # Statements handle whole batches: they should sort in memory, and compiling them takes longer than they do.
-            " -c work_mem=64MB -c jit=off",
+            # Statements handle whole batches: they should sort in memory; compiling them takes longer than they do.
+            " -c work_mem=64MB -c temp_buffers=64MB -c jit=off",
         )
     except psycopg.OperationalError as error:
         # The other lines are hints, and what each of several addresses said.

@@ -125,7 +125,7 @@ def test_a_skip_is_no_correction(station: Station, colleague: Annotator) -> None
     finished = station.admin.annotate(tasks[regretted], CORRECTED)
     change_text(station.db, skipped, "transcript", "máy nghe lại")  # a skip is never a conflict
     assert pull(station) == {"new": 3, "skipped": 2, "revisions": 1, "stderr": ""}
-    assert state(station.db, skipped) == ("skipped", False)
+    assert state(station.db, skipped) == ("skipped", True)
     assert current(station.db, skipped) == ("crawler", "máy nghe lại")
     assert state(station.db, regretted) == ("done", False)
     assert push(station) == tasks
@@ -135,7 +135,7 @@ def test_a_skip_is_no_correction(station: Station, colleague: Annotator) -> None
     assert pull(station) == {"new": 1, "changed": 1, "skipped": 1, "revisions": 1, "stderr": ""}
     assert state(station.db, taken_over) == ("done", False)
     assert current(station.db, taken_over) == ("human", "xin chào tất cả các bạn")
-    assert state(station.db, regretted) == ("skipped", False)
+    assert state(station.db, regretted) == ("skipped", True)
     assert current(station.db, regretted) == ("crawler", BEFORE)
     assert version(station.db, regretted) == 5
 

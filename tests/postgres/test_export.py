@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import unicodedata
 from pathlib import Path
 
@@ -11,18 +12,7 @@ import pytest
 
 from reviews import SEGMENTATION, TRANSCRIPT, TRANSLATION, Reviews, document, snapshot
 from station.local_services import PROJECT, LocalPostgres
-from support import Connection, run_script, write_settings
-
-
-@pytest.fixture
-def reviews(db: Connection, tmp_path: Path) -> Reviews:
-    (tmp_path / "raw").mkdir()
-    return Reviews(db, tmp_path / "raw")
-
-
-@pytest.fixture
-def output(tmp_path: Path) -> Path:
-    return tmp_path / "reviewed"
+from support import run_script, write_settings
 
 
 def export(settings_file: Path, *arguments: str, expected: int = 0) -> dict[str, object]:
@@ -404,11 +394,11 @@ def test_audio_on_another_file_system_is_copied(reviews: Reviews, settings_file:
     sample_id = reviews.add_sample("clip", b"RIFF" * 100_000)
     reviews.review(sample_id)
     (reviews.raw / "audio/clip.wav").chmod(0o444)
-    elsewhere = Path("/dev/shm") / tmp_path.parent.name / tmp_path.name
-    assert elsewhere.parent.parent.stat().st_dev != tmp_path.stat().st_dev
-    export(settings_file, "--output-dir", str(elsewhere))
-    copied = elsewhere / "transcript_verification" / sample_id / "audio.wav"
-    assert copied.read_bytes() == b"RIFF" * 100_000
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as elsewhere:
+        assert Path(elsewhere).stat().st_dev != tmp_path.stat().st_dev
+        export(settings_file, "--output-dir", elsewhere)
+        copied = Path(elsewhere) / "transcript_verification" / sample_id / "audio.wav"
+        assert copied.read_bytes() == b"RIFF" * 100_000
 
 
 def test_destinations_do_not_know_of_each_other(reviews: Reviews, settings_file: Path, tmp_path: Path) -> None:
@@ -446,10 +436,13 @@ def test_two_at_once_write_everything_once(reviews: Reviews, settings_file: Path
     reviews.add_many(700)
     command = [sys.executable, str(PROJECT / "scripts/export.py"), "--env-file", str(settings_file), "--json"]
     both = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
-    results = [json.loads(process.communicate(timeout=120)[0]) for process in both]
-    assert [process.returncode for process in both] == [0, 0]
-    assert sorted((result["exported"], result["up_to_date"]) for result in results) == [(0, 700), (700, 0)]
+    said = [process.communicate(timeout=120)[0] for process in both]
+    # The second waits for the first, and gives up when that takes long.
+    results = [json.loads(text) for process, text in zip(both, said, strict=True) if process.returncode == 0]
+    assert {process.returncode for process in both} in ({0}, {0, 75})
+    assert sum(result["exported"] for result in results) == 700
     assert len(samples_in(output / "transcript_verification")) == 700
+    assert export(settings_file)["up_to_date"] == 700
 
 
 def test_a_run_that_finds_another_one_working_ends_with_75(

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import psycopg
-import pytest
 
 from reviews import Reviews, snapshot
 from station.local_services import PROJECT, LocalPostgres, wait_until
@@ -39,17 +38,6 @@ finally:
     print(seen, file=sys.stderr)
 """
 EVERYTHING = ["open", "os.mkdir", "os.rename", "os.link", "os.remove", "os.rmdir", "shutil.rmtree"]
-
-
-@pytest.fixture
-def reviews(db: Connection, tmp_path: Path) -> Reviews:
-    (tmp_path / "raw").mkdir()
-    return Reviews(db, tmp_path / "raw")
-
-
-@pytest.fixture
-def output(tmp_path: Path) -> Path:
-    return tmp_path / "reviewed"
 
 
 def export_killed_before(

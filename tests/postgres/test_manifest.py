@@ -4,21 +4,8 @@ import hashlib
 import json
 from pathlib import Path
 
-import pytest
-
 from reviews import SEGMENTATION, TRANSLATION, Reviews, document, snapshot
-from support import Connection, run_script
-
-
-@pytest.fixture
-def reviews(db: Connection, tmp_path: Path) -> Reviews:
-    (tmp_path / "raw").mkdir()
-    return Reviews(db, tmp_path / "raw")
-
-
-@pytest.fixture
-def output(tmp_path: Path) -> Path:
-    return tmp_path / "reviewed"
+from support import run_script
 
 
 def export(settings_file: Path, *arguments: str) -> str:
