@@ -119,6 +119,7 @@ def verify(station: Station) -> None:
     """An annotator's day."""
     with step("doctor finds nothing wrong"):
         wait_until("doctor", lambda: healthy(station), 60)
+        station.run("systemctl start labelstation-doctor")
     with step("a corpus is brought in and read"):
         archive = subprocess.run(["tar", "c", "-C", CHECKOUT / "demo/corpus", "."], capture_output=True, check=True)
         station.run(
