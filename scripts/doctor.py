@@ -215,7 +215,12 @@ def look_at_projects(settings: Settings) -> Iterator[Finding]:
     """Whether the projects are as setup_projects would make them."""
     script = Path(__file__).with_name("setup_projects.py")
     asked = subprocess.run(
-        [sys.executable, str(script), "--dry-run", "--json"], check=False, capture_output=True, text=True
+        [sys.executable, str(script), "--dry-run", "--json"],
+        # Its words go into a line of ours, so without journald's priorities.
+        env={name: value for name, value in os.environ.items() if name != "JOURNAL_STREAM"},
+        check=False,
+        capture_output=True,
+        text=True,
     )
     with connect_data_factory(settings, "doctor") as connection:
         known = project_ids(connection, settings)
