@@ -46,6 +46,8 @@ lint-deploy: $(CONTROL)/.test $(VENV)/.test ## ansible-lint, yamllint and shellc
 	@PATH="$(CURDIR)/$(CONTROL)/bin:$$PATH" $(CONTROL)/bin/ansible-lint --offline -q
 	@$(CONTROL)/bin/yamllint --strict .
 	@$(VENV)/bin/shellcheck roles/label_studio/files/with-credentials
+	@$(VENV)/bin/mypy make/on_station.py roles/alert/files/alert.py roles/base/files/pack.py \
+		roles/label_studio/filter_plugins/networks.py
 
 # MOLECULE=default|full, RELEASE=bookworm|trixie
 MOLECULE ?= default
