@@ -174,7 +174,7 @@ def annotate(station: Station) -> None:
             prepared = requests.Request("GET", station.address, cookies=person.session.cookies).prepare()
             prepared.url = station.address + path
             # `send` does not look into the environment.
-            trusted = os.environ.get("REQUESTS_CA_BUNDLE", True)
+            trusted = os.environ.get("REQUESTS_CA_BUNDLE") or True
             status = person.session.send(prepared, timeout=30, allow_redirects=False, verify=trusted).status_code
             assert status >= requests.codes.bad_request, f"{path}: {status}"
     with step("the interface's files come from nginx, the vendor's advertisements do not"):
