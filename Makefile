@@ -31,7 +31,7 @@ option = $(if $($(1)),$(2) '$($(1))')
 flag = $(if $(filter-out 0 false no,$($(1))),$(2))
 COMMON = --env-file '$(ENV_FILE)' $(call flag,VERBOSE,--verbose) $(call flag,JSON,--json)
 TASK_OPTIONS = $(call option,TASK,--task-type) $(call option,LIMIT,--limit) $(call flag,DRY_RUN,--dry-run)
-run = $(PY) scripts/$(1).py $(COMMON)
+run = $(if $(INVENTORY),$(call on_station,$(1)),$(PY) scripts/$(1).py $(COMMON))
 
 -include make/deploy.mk
 

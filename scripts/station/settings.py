@@ -57,6 +57,7 @@ class Settings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
 
     label_studio_url: WebAddress = "http://localhost:8085"
+    label_studio_proxy_url: WebAddress | None = None
     label_studio_api_key: Secret | None = None
     label_studio_timeout_seconds: float = Field(default=300, gt=0, le=3600)
     label_studio_dsn: Dsn | None = None

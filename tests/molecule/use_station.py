@@ -1,0 +1,485 @@
+#!/usr/bin/env python3
+"""Use a deployed station as people do, and do to it what happens to stations.
+
+    use_station.py verify HOST          an annotator's day, through nginx, with the timers doing the rest
+    use_station.py side_effect HOST     stopped services, a reboot, new secrets, wrong settings
+
+HOST is a test host of nspawn.py. Molecule calls this with STATION_ADDRESS and its own variables.
+"""
+
+import argparse
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from socketserver import StreamRequestHandler, ThreadingTCPServer
+from threading import Thread
+
+import requests
+
+from station.errors import UnavailableError
+from station.local_annotator import Annotator
+
+CHECKOUT = Path(__file__).resolve().parents[2]
+HOSTS = Path(os.environ.get("LABELSTATION_TEST_HOSTS", CHECKOUT / ".local/hosts"))
+EPHEMERAL = Path(os.environ["MOLECULE_EPHEMERAL_DIRECTORY"])
+PASSWORD = "only-for-this-test-1"
+# In tests/molecule/full/group_vars, encrypted.
+VAULTED = "vaulted-for-the-test-1"
+TASK_TYPE = "transcript_correction"
+# Exposure that systemd-analyze security may find; ours, then those that need more.
+OURS = 2.0
+EXPOSURE = {"label-studio.service": 1.2, "label-studio-init.service": 1.2, "nginx.service": 2.7}
+# What may listen, by the address and port of `ss`.
+LISTENERS = {"0.0.0.0:22", "[::]:22", "*:22", "0.0.0.0:8085", "0.0.0.0:8081", "127.0.0.1:8086"}
+# Where scenario `full` sends alerts to, on this machine.
+WEBHOOK_PORT, MAIL_PORT = 9925, 9926
+
+
+@dataclass
+class Station:
+    """A deployed station."""
+
+    name: str
+    address: str
+
+    @property
+    def full(self) -> bool:
+        """Whether every option is on."""
+        return self.address.startswith("https:")
+
+    def trust(self) -> None:
+        """Let requests believe the station's own certificate."""
+        if self.full:
+            place = EPHEMERAL / "station.crt"
+            place.write_text(self.run("cat /etc/nginx/tls/*.crt"))
+            os.environ["REQUESTS_CA_BUNDLE"] = str(place)
+
+    def run(self, command: str, *, given: bytes = b"", ok: tuple[int, ...] = (0,)) -> str:
+        """Run a shell command there as root; its stdout."""
+        host = json.loads((HOSTS / self.name / "host.json").read_text())
+        ssh = [
+            "ssh", "-q", "-i", host["identity_file"], "-o", "ConnectTimeout=5", "-o", "StrictHostKeyChecking=no",
+            "-o", "UserKnownHostsFile=/dev/null", f"{host['user']}@{host['address']}", "--",
+            f"sudo sh -c {quoted(command)}",
+        ]  # fmt: skip
+        done = subprocess.run(ssh, input=given, capture_output=True, check=False, timeout=300)
+        if done.returncode not in ok:
+            raise AssertionError(f"{command}: exit {done.returncode}\n{done.stdout.decode()}\n{done.stderr.decode()}")
+        return done.stdout.decode()
+
+    def secret(self, name: str) -> str:
+        """A secret as the control machine keeps it."""
+        return (EPHEMERAL / "secrets" / name).read_text().strip()
+
+    def secrets(self) -> list[str]:
+        """All of them."""
+        made = [path.name for path in sorted((EPHEMERAL / "secrets").iterdir()) if path.suffix == ""]
+        return [self.secret(name) for name in made] + [VAULTED]
+
+
+def quoted(text: str) -> str:
+    """A word for a POSIX shell."""
+    return "'" + text.replace("'", "'\\''") + "'"
+
+
+@contextmanager
+def step(what: str) -> Iterator[None]:
+    """Say what is being looked at and how long that took."""
+    started = time.monotonic()
+    yield
+    print(f"ok   {what} ({time.monotonic() - started:.1f} s)", flush=True)
+
+
+def wait_until(what: str, condition: Callable[[], bool], seconds: float) -> None:
+    """Ask again and again."""
+    deadline = time.monotonic() + seconds
+    while True:
+        if condition():
+            return
+        if time.monotonic() > deadline:
+            raise AssertionError(f"{what}: not within {seconds:.0f} s")
+        time.sleep(1)
+
+
+def healthy(station: Station) -> bool:
+    """Whether doctor says so."""
+    return "FAIL" not in station.run("labelstation doctor", ok=(0, 3))
+
+
+def verify(station: Station) -> None:
+    """An annotator's day."""
+    with step("doctor finds nothing wrong"):
+        wait_until("doctor", lambda: healthy(station), 60)
+        station.run("systemctl start labelstation-doctor")
+    with step("a corpus is brought in and read"):
+        archive = subprocess.run(["tar", "c", "-C", CHECKOUT / "demo/corpus", "."], capture_output=True, check=True)
+        station.run(
+            "tar x -C /srv/labelstation/raw --no-same-owner --no-same-permissions"
+            " && chown -R labelstation:www-data /srv/labelstation/raw && chmod -R u=rwX,g=rX,o= /srv/labelstation/raw",
+            given=archive.stdout,
+        )
+        station.run("labelstation ingest")
+    with step("tasks are pushed"):
+        station.run(f"labelstation push --task-type {TASK_TYPE} --limit 3")
+    annotate(station)
+    with step("what was reviewed is exported"):
+        station.run("labelstation export")
+        found = station.run("find /srv/labelstation/reviewed/transcript_verification -name transcript.json")
+        assert found.strip(), "nothing was exported"
+    if station.full:
+        look_at_options(station)
+    look_for_openings(station)
+    look_for_secrets(station)
+    with step("no unit has failed"):
+        failed = station.run("systemctl --failed --no-legend --plain")
+        assert not failed.strip(), failed
+
+
+def annotate(station: Station) -> None:
+    """Work as a person with an invitation, and wait for the timer to bring the work home."""
+    with step("an invited annotator signs up and logs in through nginx"):
+        admin = Annotator.with_token(station.address, station.secret("label_studio_api_token"))
+        email = f"annotator-{time.time_ns()}@example.org"
+        admin.invite(email, PASSWORD)
+        person = Annotator(station.address).log_in(email, PASSWORD)
+    with step("nobody signs up without an invitation"):
+        try:
+            Annotator(station.address)._submit("/user/signup/", f"stranger-{time.time_ns()}@example.org", PASSWORD)
+        except UnavailableError as error:
+            assert "403" in str(error), error
+        else:
+            raise AssertionError("a stranger has an account now")
+    with step("a recording: 401 without login, 206 for a range with it, no listing, no way out"):
+        projects = {
+            entry["title"]: entry["id"] for entry in person.call("GET", "/api/projects/?page_size=100")["results"]
+        }
+        project = projects["Transcript Correction"]
+        task = person.next_task(project)
+        assert task is not None, "no task waits"
+        url = station.address + task["data"]["audio"]
+        assert requests.get(url, timeout=30).status_code == requests.codes.unauthorized
+        answer = person.session.get(url, headers={"Range": "bytes=0-99"}, timeout=30)
+        assert (answer.status_code, len(answer.content)) == (206, 100), answer.status_code
+        assert answer.headers["Content-Type"] == "audio/wav"
+        for path in ("/audio/", "/audio/../metadata.jsonl", "/audio/..%2fmetadata.jsonl", "/audio../metadata.jsonl"):
+            prepared = requests.Request("GET", station.address, cookies=person.session.cookies).prepare()
+            prepared.url = station.address + path
+            status = person.session.send(prepared, timeout=30, allow_redirects=False).status_code
+            assert status >= requests.codes.bad_request, f"{path}: {status}"
+    with step("the interface's files come from nginx, the vendor's advertisements do not"):
+        page = person.session.get(f"{station.address}/projects/{project}/", timeout=30)
+        assert page.ok
+        assert page.headers["X-Content-Type-Options"] == "nosniff"
+        for path, status in (("/react-app/main.js", 200), ("/static/images/favicon.ico", 200), ("/heidi-tips", 404)):
+            assert person.session.get(station.address + path, timeout=30).status_code == status, path
+    with step("the annotator submits, and the timer pulls it"):
+        before = done_count(station)
+        result = json.loads((CHECKOUT / f"label_studio_templates/{TASK_TYPE}.annotation.json").read_text())["result"]
+        person.annotate(task["id"], result, lead_time=5)
+        wait_until("the pull timer", lambda: done_count(station) > before, 400)
+
+
+def done_count(station: Station) -> int:
+    """How many samples are done."""
+    status = json.loads(station.run("labelstation status --json"))
+    return int(status["task_types"][TASK_TYPE]["done"])
+
+
+def look_at_options(station: Station) -> None:
+    """What only scenario `full` has."""
+    host = station.address.removeprefix("https://").partition(":")[0]
+    with step("TLS with HSTS; a plain request is sent on"):
+        assert (
+            "max-age" in requests.get(f"{station.address}/user/login/", timeout=30).headers["Strict-Transport-Security"]
+        )
+        plain = requests.get(f"http://{host}:8085/user/login/", timeout=30, allow_redirects=False)
+        assert (plain.status_code, plain.headers["Location"]) == (308, f"{station.address}/user/login/")
+    with step("the firewall lets the web port in and the second origin not"):
+        try:
+            requests.get(f"https://{host}:8081/audio/x.wav", timeout=3)
+        except requests.ConnectionError:
+            pass
+        else:
+            raise AssertionError("port 8081 can be reached")
+    with step("the second origin serves ranges with CORS on the station itself"):
+        said = station.run(
+            "python3 -c 'import os, ssl, urllib.request as u; "
+            'name = sorted(os.listdir("/srv/labelstation/raw/audio"))[0]; '
+            'r = u.Request("https://127.0.0.1:8081/audio/" + name, headers={"Range": "bytes=0-9", "Origin": "x"}); '
+            "a = u.urlopen(r, context=ssl._create_unverified_context()); "
+            'print(a.status, a.headers["Access-Control-Allow-Origin"], a.headers["Vary"])\''
+        )
+        assert said.split() == ["206", station.address, "Origin"], said
+    with step("a webhook may go to the receiver and to no other private address"):
+        admin = Annotator.with_token(station.address, station.secret("label_studio_api_token"))
+        for receiver, allowed in (("127.0.0.9", True), ("127.0.0.1", False), ("10.0.0.1", False)):
+            try:
+                made = admin.call("POST", "/api/webhooks/", {"project": 1, "url": f"http://{receiver}:8000/webhook"})
+            except requests.HTTPError as error:
+                assert not allowed, error
+            else:
+                admin.call("DELETE", f"/api/webhooks/{made['id']}/")
+                assert allowed, receiver
+
+
+def look_for_openings(station: Station) -> None:
+    """Ports, and how far each unit could reach if it were taken over."""
+    with step("nothing listens that should not"):
+        listening = {line.split()[3] for line in station.run("ss -Hltn").splitlines()}
+        assert listening <= LISTENERS, listening - LISTENERS
+        assert not station.run("ss -Hlun").strip()
+    with step("every unit of ours is in a sandbox"):
+        units = station.run("cd /etc/systemd/system; ls -d labelstation-*.service label-studio*.service").split()
+        units = [unit.replace("@.", "@x.") for unit in units if not unit.endswith(".d")] + ["nginx.service"]
+        for unit in units:
+            said = station.run(f"systemd-analyze security --no-pager {unit} | tail -1")
+            exposure = re.search(r"([0-9.]+) [A-Z]", said)
+            assert exposure is not None, said
+            assert float(exposure[1]) <= EXPOSURE.get(unit, OURS), f"{unit}: {exposure[1]}"
+
+
+def look_for_secrets(station: Station) -> None:
+    """Where secrets must not be."""
+    with step("no secret in the journal, an argument list or a file that others may read"):
+        patterns = "\n".join(station.secrets()).encode()
+        found = station.run(
+            "umask 077; cat > /root/patterns; journalctl --no-pager | grep -cF -f /root/patterns; "
+            "ps axww -o args | grep -cF -f /root/patterns; "
+            "find /etc /home /opt/labelstation /run /srv /tmp /usr/local /var /root -xdev -type f -perm -o=r -size -2M "
+            "-print0 | xargs -0 grep -lF -f /root/patterns; rm /root/patterns",
+            given=patterns,
+        )
+        assert found.split() == ["0", "0"], found
+
+
+class Receiver:
+    """What scenario `full` sends alerts to: a webhook, a health-check service and a mail server."""
+
+    def __init__(self, address: str) -> None:
+        """Listen; what comes is kept."""
+        self.posts: list[str] = []
+        self.pings: list[str] = []
+        self.mails: list[str] = []
+        receiver = self
+
+        class Web(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                receiver.posts.append(body["subject"])
+                self.send_response(204)
+                self.end_headers()
+
+            def do_GET(self) -> None:
+                receiver.pings.append(self.path)
+                self.send_response(204)
+                self.end_headers()
+
+            def log_message(self, *_arguments: object) -> None:
+                pass
+
+        class Mail(StreamRequestHandler):
+            def handle(self) -> None:
+                self.wfile.write(b"220 test\r\n")
+                while command := self.rfile.readline().strip().upper():
+                    if command == b"DATA":
+                        self.wfile.write(b"354 go on\r\n")
+                        lines = iter(self.rfile.readline, b".\r\n")
+                        receiver.mails += [line.decode() for line in lines if line.startswith(b"Subject: ")]
+                    self.wfile.write(b"221 bye\r\n" if command == b"QUIT" else b"250 yes\r\n")
+                    if command == b"QUIT":
+                        return
+
+        for server in (
+            ThreadingHTTPServer((address, WEBHOOK_PORT), Web),
+            ThreadingTCPServer((address, MAIL_PORT), Mail),
+        ):
+            Thread(target=server.serve_forever, daemon=True).start()
+
+
+def side_effect(station: Station) -> None:
+    """What happens to stations."""
+    receiver = None
+    if station.full:
+        host = json.loads((HOSTS / station.name / "host.json").read_text())
+        receiver = Receiver(re.sub(r"\.2$", ".1", host["address"]))
+    for unit in ("postgresql@*", "label-studio", "nginx"):
+        stop_and_start(station, unit)
+    if receiver:
+        with step("each alert came by webhook and by mail, once; the health-check service was asked"):
+            ends = ["fails", "works again"] * 3
+            assert [post.partition(f"{station.name} ")[2] for post in receiver.posts] == ends, receiver.posts
+            assert [mail.partition(f"{station.name} ")[2].strip() for mail in receiver.mails] == ends, receiver.mails
+            assert {"/ping", "/ping/fail"} <= set(receiver.pings), receiver.pings
+    with step("after a reboot all is back"):
+        before = station.run("systemctl show --property=UserspaceTimestamp")
+        station.run("systemctl --no-block reboot", ok=(0, 255))
+        time.sleep(5)
+        wait_until("the reboot", lambda: up(station), 120)
+        wait_until("doctor", lambda: healthy(station), 120)
+        assert station.run("systemctl show --property=UserspaceTimestamp") != before, "it did not reboot"
+    wrong_settings()
+    rotate(station)
+    with step("a dry run finds nothing to change"):
+        code, output, seconds = playbook("--check", "--diff")
+        assert code == 0, output[-4000:]
+        assert "changed=0" in output, [line for line in output.splitlines() if line.startswith("changed")]
+        print(f"     {seconds:.0f} s")
+    if not station.full:
+        refuse_upgrade(station)
+
+
+def up(station: Station) -> bool:
+    """Whether the host answers again."""
+    try:
+        return "running" in station.run("systemctl is-system-running", ok=(0, 1)) or True
+    except AssertionError:
+        return False
+
+
+def stop_and_start(station: Station, unit: str) -> None:
+    """One service down: doctor names it, one alert is raised; up again: all recovers, one all-clear."""
+    with step(f"{unit} stopped: doctor says so, one alert, and all recovers when it returns"):
+        name = unit.removesuffix("@*")
+        mark = station.run("date +%s").strip()
+        units = station.run(f"systemctl list-units --plain --no-legend '{unit}.service' | cut -d' ' -f1").split()
+        station.run(f"systemctl stop {' '.join(units)}")
+        said = station.run("labelstation doctor", ok=(3,))
+        assert re.search(rf"^FAIL {name}", said, re.MULTILINE), said
+        for _ in range(3):
+            station.run("systemctl start labelstation-doctor", ok=(1,))
+        station.run(f"systemctl start {' '.join(units)}")
+        wait_until("doctor", lambda: healthy(station), 60)
+        for _ in range(2):
+            station.run("systemctl start labelstation-doctor")
+        wait_until(
+            "the alerts",
+            lambda: alerts(station, mark) == ["labelstation-doctor fails", "labelstation-doctor works again"],
+            20,
+        )
+
+
+def alerts(station: Station, since: str) -> list[str]:
+    """What was said about doctor since then."""
+    lines = station.run(f"journalctl -q --no-pager -o cat --since @{since} -t labelstation-alert").splitlines()
+    return [
+        re.sub(r"^ALERT (\S+) on \S+ ", r"\1 ", line) for line in lines if line.startswith("ALERT labelstation-doctor")
+    ]
+
+
+def playbook(*arguments: str) -> tuple[int, str, float]:
+    """Deploy with the scenario's inventory; exit code, output, seconds."""
+    started = time.monotonic()
+    done = subprocess.run(
+        ["ansible-playbook", "-i", EPHEMERAL / "inventory", CHECKOUT / "playbooks/site.yml", *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "ANSIBLE_CONFIG": str(EPHEMERAL / "ansible.cfg")},
+    )
+    return done.returncode, done.stdout + done.stderr, time.monotonic() - started
+
+
+def wrong_settings() -> None:
+    """A setting that is wrong is refused by its name, at once."""
+    for argument, named in (
+        ("label_studio_version=0.0.1", "label_studio_version"),
+        ("nginx_prot=80", "nginx_prot"),
+        ("nginx_tls=maybe", "nginx_tls"),
+        ("label_studio_address=label.example.org", "label_studio_address"),
+    ):
+        with step(f"{argument} is refused"):
+            code, output, seconds = playbook("-e", argument)
+            assert code != 0
+            assert named in output, output[-2000:]
+            assert "changed=0" in output, output[-2000:]
+            print(f"     after {seconds:.1f} s")
+
+
+def refuse_upgrade(station: Station) -> None:
+    """A Label Studio that the scripts could not read is refused before it is let near the real tables."""
+    with step("an upgrade that would break the contract is refused, and Label Studio goes on"):
+        other = EPHEMERAL / "other"
+        for folder in ("scripts", "sql", "label_studio_templates"):
+            shutil.copytree(CHECKOUT / folder, other / folder)
+        contract = other / "scripts/station/contract.py"
+        contract.write_text(
+            contract.read_text().replace('"was_cancelled":', '"no_such_column": "text", "was_cancelled":')
+        )
+        lock = other / "label_studio.txt"
+        lock.write_text((CHECKOUT / "requirements/label_studio.txt").read_text() + "# another version\n")
+        before = station.run("readlink /opt/label-studio/venv; systemctl show -p MainPID label-studio")
+        requirements = CHECKOUT / "requirements/station.txt"
+        code, output, seconds = playbook(
+            "-e", f"base_source_directory={other}", "-e", f"base_requirements={requirements}",
+            "-e", f"label_studio_requirements={lock}",
+        )  # fmt: skip
+        assert code != 0
+        assert "was refused" in output, output[-4000:]
+        assert "no_such_column" in output, output[-4000:]
+        assert station.run("readlink /opt/label-studio/venv; systemctl show -p MainPID label-studio") == before
+        assert "rehearsal" not in station.run("runuser -u postgres -- psql -XAtlq")
+        print(f"     {seconds:.0f} s")
+    with step("deploying what is right again"):
+        code, output, seconds = playbook()
+        assert code == 0, output[-4000:]
+
+
+def rotate(station: Station) -> None:
+    """New secrets take effect, the old ones stop working, and no secret is in the output."""
+    old = station.secrets()
+    old_token = station.secret("label_studio_api_token")
+    # The vaulted password of scenario `full` is not made, so it is not made anew.
+    for name in (
+        ("label_studio_api_token",) if station.full else ("label_studio_api_token", "label_studio_admin_password")
+    ):
+        place = EPHEMERAL / "secrets" / name
+        place.rename(place.with_suffix(".old"))
+    with step("a deployment with a new token and a new password"):
+        code, output, seconds = playbook("-v", "--diff")
+        assert code == 0, output[-4000:]
+        print(f"     {seconds:.0f} s")
+        for secret in {*old, *station.secrets()}:
+            assert secret not in output, "a secret is in the playbook's output"
+    with step("the old token is dead, the new one works, the new password logs in"):
+        assert station.secrets() != old
+        for token, status in ((old_token, 401), (station.secret("label_studio_api_token"), 200)):
+            answer = requests.get(
+                f"{station.address}/api/current-user/whoami", headers={"Authorization": f"Token {token}"}, timeout=30
+            )
+            assert answer.status_code == status, answer.status_code
+        password = VAULTED if station.full else station.secret("label_studio_admin_password")
+        Annotator(station.address).log_in("admin@example.org", password)
+        wait_until("doctor", lambda: healthy(station), 60)
+
+
+def main() -> int:
+    """Run one of the two; a failure comes with the station's journal."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("verb", choices=("verify", "side_effect"))
+    parser.add_argument("host")
+    arguments = parser.parse_args()
+    station = Station(arguments.host, os.environ["STATION_ADDRESS"])
+    try:
+        station.trust()
+        (verify if arguments.verb == "verify" else side_effect)(station)
+    except Exception as error:
+        print(f"FAILED: {type(error).__name__}: {error}")
+        print(
+            "The station's journal:\n"
+            + station.run("journalctl --no-pager -n 300 | grep -vE 'sshd|sudo|ession' | tail -80")
+        )
+        raise
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
