@@ -63,7 +63,7 @@ test: $(VENV)/.test $(LABEL_STUDIO)/.done ## Run every test that this machine ca
 lint: $(VENV)/.test ## ruff, mypy, yamllint, shellcheck
 	@$(VENV)/bin/ruff check .
 	@$(VENV)/bin/ruff format --check .
-	@$(VENV)/bin/mypy scripts stubs tests demo bench docs
+	@$(VENV)/bin/mypy scripts stubs tests demo bench docs make
 	@git ls-files '*.yml' '*.yaml' | xargs --no-run-if-empty $(VENV)/bin/yamllint --strict
 	@$(VENV)/bin/shellcheck .ci/run
 
