@@ -1,6 +1,7 @@
 """The real servers that the tests run against: one PostgreSQL and one Label Studio for the whole run."""
 
 import json
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,6 +17,9 @@ from reviews import Reviews
 from station.local_annotator import Annotator
 from station.local_services import Account, LocalPostgres, Server, free_port, initialise_label_studio, label_studio
 from support import Connection, run_script, write_settings
+
+# Whoever runs the tests in the background of a shell has SIGINT ignored, and every process started from here too.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

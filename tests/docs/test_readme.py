@@ -7,6 +7,7 @@ import sys
 
 from conftest import Station
 from station.local_services import PROJECT
+from station.settings import Settings
 
 README = (PROJECT / "README.md").read_text(encoding="utf-8")
 TRY_IT, USE_IT = re.findall(r"```sh\n(.*?)```", README, re.DOTALL)[:2]
@@ -44,6 +45,13 @@ def test_every_target_named_exists_and_make_alone_lists_them() -> None:
     assert {"demo", "test", "push", "demo-stop"} <= named
     assert named <= listed
     assert [line.split()[1] for line in TRY_IT.splitlines()] == ["demo", "test"]
+
+
+def test_a_script_its_target_and_its_settings_have_one_name() -> None:
+    listed = set(re.findall(r"^  make ([a-z-]+) ", make().stdout, re.MULTILINE))
+    assert {file.stem.replace("_", "-") for file in (PROJECT / "scripts").glob("*.py")} <= listed
+    explained = re.findall(r"^([A-Z_]+)=", (PROJECT / ".env.example").read_text(encoding="utf-8"), re.MULTILINE)
+    assert sorted(explained) == sorted(name.upper() for name in Settings.model_fields)
 
 
 def test_every_file_that_is_pointed_to_is_there() -> None:
