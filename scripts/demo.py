@@ -210,45 +210,21 @@ class Demo:
     services: Services
     account: Account
 
-    def run(self, script: str, *arguments: str, shown_as: str) -> dict[str, Any]:
-        """Run one of the scripts as a process of its own and say what came of it."""
+    def run(self, script: str, *arguments: str, shown_as: str) -> None:
+        """Run one of the scripts as a process of its own and show what it says."""
         began = time.monotonic()
-        done = subprocess.run(
-            [
-                sys.executable,
-                str(PROJECT / "scripts" / f"{script}.py"),
-                "--env-file",
-                str(ENV_FILE),
-                "--json",
-                *arguments,
-            ],
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+        command = [sys.executable, str(PROJECT / "scripts" / f"{script}.py"), "--env-file", str(ENV_FILE), *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode != 0:
             raise StationError(f"{script} ended with {done.returncode}: {done.stderr.strip()}")
-        result: dict[str, Any] = json.loads(done.stdout)
         self.console.print(f"[bold]$ make {shown_as}[/] [dim]{time.monotonic() - began:.1f} s[/]")
-        self.console.print(f"    {brief(result) or 'nothing to do'}", markup=False)
-        return result
+        for line in done.stdout.splitlines():
+            self.console.print(f"    {line}", markup=False)
 
     def query(self, database: str, query: str) -> list[tuple[Any, ...]]:
         """Rows of one of the two databases."""
         with psycopg.connect(self.services.postgres.dsn("postgres", database)) as connection:
             return connection.execute(query).fetchall()
-
-
-def brief(result: dict[str, Any]) -> str:
-    """A script's result in one line: its numbers other than zero."""
-    told = []
-    for name, value in result.items():
-        if isinstance(value, dict):
-            inner = brief(value)
-            told.append(f"{name} ({inner})" if inner else "")
-        elif isinstance(value, str) or (value and not isinstance(value, list)):
-            told.append(f"{name} {value}")
-    return ", ".join(part for part in told if part)
 
 
 def rounds(demo: Demo) -> None:

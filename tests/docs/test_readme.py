@@ -8,6 +8,7 @@ import sys
 from conftest import Station
 from station.local_services import PROJECT
 from station.settings import Settings
+from support import add_sample
 
 README = (PROJECT / "README.md").read_text(encoding="utf-8")
 TRY_IT, USE_IT = re.findall(r"```sh\n(.*?)```", README, re.DOTALL)[:2]
@@ -57,3 +58,13 @@ def test_a_script_its_target_and_its_settings_have_one_name() -> None:
 def test_every_file_that_is_pointed_to_is_there() -> None:
     for target in re.findall(r"\]\((?!http)([^)]+)\)", README):
         assert (PROJECT / target).exists(), target
+
+
+def test_every_query_in_the_description_of_the_data_runs(station: Station) -> None:
+    page = (PROJECT / "docs" / "data.md").read_text(encoding="utf-8")
+    functions, label_studio = re.findall(r"```sql\n(.*?)```", page, re.DOTALL)
+    sample_id = add_sample(station.db, "a")
+    for statement in re.sub(r"--.*", "", functions).replace("'…'", f"'{sample_id}'").split(";")[:-1]:
+        station.db.execute(statement)
+    for statement in label_studio.split(";")[:-1]:
+        assert station.label_studio_db.execute(statement).description
