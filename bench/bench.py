@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -102,13 +103,16 @@ class Bench:
         began = time.perf_counter()
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as child:
             assert child.stdout is not None
+            # Not ru_maxrss: that begins with the memory of this process, which the child shares until its exec.
+            peak = 0.0
+            while child.poll() is None:
+                peak = max(peak, _peak_mib(child.pid))
+                time.sleep(0.01)
             printed = child.stdout.read()
-            _pid, status, usage = os.wait4(child.pid, 0)
-            child.returncode = os.waitstatus_to_exitcode(status)
         seconds = time.perf_counter() - began
         if child.returncode != 0:
             raise SystemExit(f"{name} ended with {child.returncode}")
-        return seconds, usage.ru_maxrss / 1024, printed
+        return seconds, peak, printed
 
     def note(self, step: str, way: str, items: int, seconds: float, peak_mib: float | None = None) -> Measure:
         """Keep one measure and say it."""
@@ -129,6 +133,16 @@ class Bench:
             connection.execute("TRUNCATE samples, tasks, runs, pull_cursors, annotators CASCADE")
         with self.database("label_studio") as connection:
             connection.execute("TRUNCATE task, task_completion CASCADE")
+
+
+def _peak_mib(pid: int) -> float:
+    """The most memory that a process has had resident since its exec; 0 if it has just ended."""
+    try:
+        status = PROJECT.joinpath(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return 0.0
+    found = re.search(r"^VmHWM:\s+(\d+) kB", status, re.MULTILINE)
+    return int(found[1]) / 1024 if found else 0.0
 
 
 def timed(work: Callable[[], object]) -> float:
@@ -532,13 +546,13 @@ def main() -> None:
             STEPS[name](bench)
     finally:
         bench.stop()
+    for leftover in ("postgres", "label_studio", "raw", "raw-tenth", "reviewed"):
+        shutil.rmtree(FOLDER / leftover, ignore_errors=True)
     show(bench.results)
     machine = {"machine": platform.machine(), "cores": os.cpu_count(), "python": platform.python_version()}
     (FOLDER / "results.json").write_text(
         json.dumps({**machine, "results": [asdict(result) for result in bench.results]}, indent=2) + "\n"
     )
-    for leftover in ("postgres", "label_studio", "raw", "raw-tenth", "reviewed"):
-        shutil.rmtree(FOLDER / leftover, ignore_errors=True)
 
 
 if __name__ == "__main__":
