@@ -445,15 +445,13 @@ def bench_export(bench: Bench) -> None:
     reviewed_samples(bench, number)
     copy = RAW.with_name("copy")
     subprocess.run(["sync"], check=True)
-    cp = bench.note(
-        "export",
-        "cp -r of the audio",
-        number,
-        timed(lambda: subprocess.run(["cp", "-r", RAW / "audio", copy], check=True)),
-    )
-    subprocess.run(["sync"], check=True)
+    copying = timed(lambda: subprocess.run(["cp", "-r", RAW / "audio", copy], check=True))
+    flushing = timed(lambda: subprocess.run(["sync", "--file-system", copy], check=True))
+    cp = bench.note("export", "cp -r of the audio", number, copying)
+    flushed = bench.note("export", "cp -r of the audio, and flushed to disk", number, copying + flushing)
     ours = bench.note("export", "labelstation", number, *bench.script("export")[:2])
     compare(ours, cp)
+    compare(ours, flushed)
     bench.note("export", "labelstation, nothing changed", number, *bench.script("export")[:2])
     shutil.rmtree(copy)
 
