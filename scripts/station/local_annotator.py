@@ -36,13 +36,14 @@ class Annotator:
 
     def invite(self, email: str, password: str) -> "Annotator":
         """Invite somebody, who signs up."""
-        return Annotator(self.address)._submit(self.call("GET", "/api/invite")["invite_url"], email, password)
+        return Annotator(self.address).submit(self.call("GET", "/api/invite")["invite_url"], email, password)
 
     def log_in(self, email: str, password: str) -> "Annotator":
         """Log in through the form that people use."""
-        return self._submit("/user/login/", email, password)
+        return self.submit("/user/login/", email, password)
 
-    def _submit(self, path: str, email: str, password: str) -> "Annotator":
+    def submit(self, path: str, email: str, password: str) -> "Annotator":
+        """Send the form at a path, as a browser would."""
         page = self.address + path
         form = self.session.get(page, timeout=_SECONDS).text
         token = re.search(r'name="csrfmiddlewaretoken" value="([^"]+)"', form)

@@ -11,7 +11,8 @@ from station.settings import Settings
 from support import add_sample
 
 README = (PROJECT / "README.md").read_text(encoding="utf-8")
-TRY_IT, USE_IT = re.findall(r"```sh\n(.*?)```", README, re.DOTALL)[:2]
+TRY_IT, USE_IT, STATION = re.findall(r"```sh\n(.*?)```", README, re.DOTALL)
+GUIDE = (PROJECT / "docs/operator_guide.md").read_text(encoding="utf-8")
 
 
 def make(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -46,6 +47,21 @@ def test_every_target_named_exists_and_make_alone_lists_them() -> None:
     assert {"demo", "test", "push", "demo-stop"} <= named
     assert named <= listed
     assert [line.split()[1] for line in TRY_IT.splitlines()] == ["demo", "test"]
+
+
+def test_the_commands_for_a_station_are_those_that_the_deployed_station_is_tested_with() -> None:
+    """tests/molecule/guide.py follows every command of the guide."""
+
+    def lines(text: str) -> list[str]:
+        return [" ".join(line.partition("#")[0].split()) for line in text.splitlines()]
+
+    assert "make deploy INVENTORY=inventory/lab" in lines(STATION)
+    assert set(lines(STATION)) <= set(lines("".join(re.findall(r"```sh control\n(.*?)```", GUIDE, re.DOTALL))))
+
+
+def test_no_command_of_the_guide_is_one_that_nobody_follows() -> None:
+    assert not re.findall(r"```(?!sh control\n|sh station\n|\n)", GUIDE)
+    assert "\n    " not in re.sub(r"```.*?```", "", GUIDE, flags=re.DOTALL), "an indented block"
 
 
 def test_a_script_its_target_and_its_settings_have_one_name() -> None:

@@ -15,9 +15,6 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from socketserver import StreamRequestHandler, ThreadingTCPServer
@@ -25,15 +22,12 @@ from threading import Thread
 
 import requests
 
+from guide import Guide
+from host import CHECKOUT, EPHEMERAL, HOSTS, VAULT_PASSWORD_FILE, VAULTED, Station, healthy, step, wait_until
 from station.errors import UnavailableError
 from station.local_annotator import Annotator
 
-CHECKOUT = Path(__file__).resolve().parents[2]
-HOSTS = Path(os.environ.get("LABELSTATION_TEST_HOSTS", CHECKOUT / ".local/hosts"))
-EPHEMERAL = Path(os.environ["MOLECULE_EPHEMERAL_DIRECTORY"])
 PASSWORD = "only-for-this-test-1"
-# In tests/molecule/full/group_vars, encrypted.
-VAULTED = "vaulted-for-the-test-1"
 TASK_TYPE = "transcript_correction"
 # Exposure that systemd-analyze security may find; ours, then those that need more.
 OURS = 2.0
@@ -42,77 +36,6 @@ EXPOSURE = {"label-studio.service": 1.2, "label-studio-init.service": 1.2, "ngin
 LISTENERS = {"0.0.0.0:22", "[::]:22", "*:22", "0.0.0.0:8085", "0.0.0.0:8081", "127.0.0.1:8086"}
 # Where scenario `full` sends alerts to, on this machine.
 WEBHOOK_PORT, MAIL_PORT = 9925, 9926
-
-
-@dataclass
-class Station:
-    """A deployed station."""
-
-    name: str
-    address: str
-
-    @property
-    def full(self) -> bool:
-        """Whether every option is on."""
-        return self.address.startswith("https:")
-
-    def trust(self) -> None:
-        """Let requests believe the station's own certificate."""
-        if self.full:
-            place = EPHEMERAL / "station.crt"
-            place.write_text(self.run("cat /etc/nginx/tls/*.crt"))
-            os.environ["REQUESTS_CA_BUNDLE"] = str(place)
-
-    def run(self, command: str, *, given: bytes = b"", ok: tuple[int, ...] = (0,)) -> str:
-        """Run a shell command there as root; its stdout."""
-        host = json.loads((HOSTS / self.name / "host.json").read_text())
-        ssh = [
-            "ssh", "-q", "-i", host["identity_file"], "-o", "ConnectTimeout=5", "-o", "StrictHostKeyChecking=no",
-            "-o", "UserKnownHostsFile=/dev/null", f"{host['user']}@{host['address']}", "--",
-            f"sudo sh -c {quoted(command)}",
-        ]  # fmt: skip
-        done = subprocess.run(ssh, input=given, capture_output=True, check=False, timeout=300)
-        if done.returncode not in ok:
-            raise AssertionError(f"{command}: exit {done.returncode}\n{done.stdout.decode()}\n{done.stderr.decode()}")
-        return done.stdout.decode()
-
-    def secret(self, name: str) -> str:
-        """A secret as the control machine keeps it."""
-        return (EPHEMERAL / "secrets" / name).read_text().strip()
-
-    def secrets(self) -> list[str]:
-        """All of them."""
-        made = [path.name for path in sorted((EPHEMERAL / "secrets").iterdir()) if path.suffix == ""]
-        return [self.secret(name) for name in made] + [VAULTED]
-
-
-def quoted(text: str) -> str:
-    """A word for a POSIX shell."""
-    return "'" + text.replace("'", "'\\''") + "'"
-
-
-@contextmanager
-def step(what: str) -> Iterator[None]:
-    """Say what is being looked at and how long that took."""
-    started = time.monotonic()
-    yield
-    print(f"ok   {what} ({time.monotonic() - started:.1f} s)", flush=True)
-
-
-def wait_until(what: str, condition: Callable[[], bool], seconds: float) -> None:
-    """Ask again and again."""
-    deadline = time.monotonic() + seconds
-    while True:
-        if condition():
-            return
-        if time.monotonic() > deadline:
-            raise AssertionError(f"{what}: not within {seconds:.0f} s")
-        time.sleep(1)
-
-
-def healthy(station: Station) -> bool:
-    """Whether doctor says so."""
-    return "FAIL" not in station.run("labelstation doctor", ok=(0, 3))
 
 
 def verify(station: Station) -> None:
@@ -130,15 +53,18 @@ def verify(station: Station) -> None:
         station.run("labelstation ingest")
     with step("tasks are pushed"):
         station.run(f"labelstation push --task-type {TASK_TYPE} --limit 3")
+    done = done_count(station)
     annotate(station)
-    with step("what was reviewed is exported"):
-        station.run("labelstation export")
-        found = station.run("find /srv/labelstation/reviewed/transcript_verification -name transcript.json")
-        assert found.strip(), "nothing was exported"
     if station.full:
         look_at_options(station)
     look_for_openings(station)
     look_for_secrets(station)
+    with step("the timer pulled what the annotator submitted"):
+        wait_until("the pull timer", lambda: done_count(station) > done, 400)
+    with step("what was reviewed is exported"):
+        station.run("labelstation export")
+        found = station.run("find /srv/labelstation/reviewed/transcript_verification -name transcript.json")
+        assert found.strip(), "nothing was exported"
     with step("no unit has failed, but for what came between an old token and its new one, and works now"):
         for unit in station.run("systemctl --failed --no-legend --plain 'labelstation-*' | cut -d' ' -f1").split():
             station.run(f"systemctl start {unit}")
@@ -147,7 +73,7 @@ def verify(station: Station) -> None:
 
 
 def annotate(station: Station) -> None:
-    """Work as a person with an invitation, and wait for the timer to bring the work home."""
+    """Work as a person with an invitation."""
     with step("an invited annotator signs up and logs in through nginx"):
         admin = Annotator.with_token(station.address, station.secret("label_studio_api_token"))
         email = f"annotator-{time.time_ns()}@example.org"
@@ -155,7 +81,7 @@ def annotate(station: Station) -> None:
         person = Annotator(station.address).log_in(email, PASSWORD)
     with step("nobody signs up without an invitation"):
         try:
-            Annotator(station.address)._submit("/user/signup/", f"stranger-{time.time_ns()}@example.org", PASSWORD)
+            Annotator(station.address).submit("/user/signup/", f"stranger-{time.time_ns()}@example.org", PASSWORD)
         except UnavailableError as error:
             assert "403" in str(error), error
         else:
@@ -185,11 +111,15 @@ def annotate(station: Station) -> None:
         assert page.headers["X-Content-Type-Options"] == "nosniff"
         for path, status in (("/react-app/main.js", 200), ("/static/images/favicon.ico", 200), ("/heidi-tips", 404)):
             assert person.session.get(station.address + path, timeout=30).status_code == status, path
-    with step("the annotator submits, and the timer pulls it"):
-        before = done_count(station)
+    with step("the annotator submits"):
         result = json.loads((CHECKOUT / f"label_studio_templates/{TASK_TYPE}.annotation.json").read_text())["result"]
         person.annotate(task["id"], result, lead_time=5)
-        wait_until("the pull timer", lambda: done_count(station) > before, 400)
+
+
+def network(station: Station) -> str:
+    """The first three numbers of the network that the station shares with this machine alone."""
+    host = json.loads((HOSTS / station.name / "host.json").read_text())
+    return str(host["address"]).rpartition(".")[0]
 
 
 def done_count(station: Station) -> int:
@@ -241,6 +171,24 @@ def look_for_openings(station: Station) -> None:
         listening = {line.split()[3] for line in station.run("ss -Hltn").splitlines()}
         assert listening <= LISTENERS, listening - LISTENERS
         assert not station.run("ss -Hlun").strip()
+    with step("the databases let in the station's own accounts and nobody else"):
+        asked = "psql -XAtq -c 'SELECT count(*) FROM pg_authid WHERE rolpassword IS NOT NULL'"
+        assert station.run(f"runuser -u postgres -- {asked}").strip() == "0", "a role has a password"
+        for account in ("lab", "www-data", "label-studio", "root"):
+            for role in ("labelstation", "labelstation_owner", "postgres"):
+                asked = f"psql -XAtq -d data_factory -U {role} -c 'SELECT 1'"
+                station.run(f"cd /; runuser -u {account} -- {asked}", ok=(2,))
+    with step("what runs on a timer reaches this station only"):
+        # A port of another machine that answers: this machine's, where molecule runs.
+        there = f"{network(station)}.1"
+        with ThreadingTCPServer((there, 0), StreamRequestHandler) as server:
+            Thread(target=server.serve_forever, daemon=True).start()
+            connect = f'import socket; socket.create_connection(("{there}", {server.server_address[1]}), 5)'
+            station.run(f"python3 -c '{connect}'")
+            sandbox = "-p IPAddressDeny=any -p IPAddressAllow=localhost"
+            said = station.run(f"systemd-run -q --wait --pipe {sandbox} python3 -c '{connect}' 2>&1", ok=(1,))
+            assert "PermissionError" in said or "timed out" in said, said
+            server.shutdown()
     with step("every unit of ours is in a sandbox"):
         units = station.run("cd /etc/systemd/system; ls -d labelstation-*.service label-studio*.service").split()
         units = [unit.replace("@.", "@x.") for unit in units if not unit.endswith(".d")] + ["nginx.service"]
@@ -313,8 +261,7 @@ def side_effect(station: Station) -> None:
     """What happens to stations."""
     receiver = None
     if station.full:
-        host = json.loads((HOSTS / station.name / "host.json").read_text())
-        receiver = Receiver(re.sub(r"\.2$", ".1", host["address"]))
+        receiver = Receiver(f"{network(station)}.1")
     for unit in ("postgresql@*", "label-studio", "nginx"):
         stop_and_start(station, unit)
     if receiver:
@@ -331,14 +278,19 @@ def side_effect(station: Station) -> None:
         wait_until("doctor", lambda: healthy(station), 120)
         assert station.run("systemctl show --property=UserspaceTimestamp") != before, "it did not reboot"
     wrong_settings()
-    rotate(station)
+    guide = None if station.full else Guide(station)
+    if guide:
+        follow_first_day(station, guide)
+    rotate(station, guide)
     with step("a dry run finds nothing to change"):
         code, output, seconds = playbook("--check", "--diff")
         assert code == 0, output[-4000:]
         assert "changed=0" in output, [line for line in output.splitlines() if line.startswith("changed")]
         print(f"     {seconds:.0f} s")
-    if not station.full:
-        refuse_upgrade(station)
+    if guide:
+        upgrade(station)
+        move(station, guide)
+        assert not guide.waiting, f"nobody has followed {guide.waiting}"
 
 
 def up(station: Station) -> bool:
@@ -418,49 +370,99 @@ def wrong_settings() -> None:
         print(f"     after {seconds:.1f} s")
 
 
-def refuse_upgrade(station: Station) -> None:
+def follow_first_day(station: Station, guide: Guide) -> None:
+    """From the example of an inventory to work in the annotators' queues, and what is looked up later."""
+    VAULT_PASSWORD_FILE.write_text("only-for-this-test\n")
+    with step("the guide's first day, with the firewall that the example asks for"):
+        said = guide.follow("First day")
+        assert "labelstation-doctor" in said
+        assert "healthy" in said
+        assert all(secret not in said for secret in station.secrets())
+        # Fails when a port is closed that has to be open.
+        requests.get(f"{station.address}/user/login/", timeout=30).raise_for_status()
+    with step("a forgotten password"):
+        admin = Annotator.with_token(station.address, station.secret("label_studio_api_token"))
+        email = "person@example.org"
+        admin.invite(email, PASSWORD)
+        guide.follow("Users and invitations", typed="another-for-this-test-1")
+        Annotator(station.address).log_in(email, "another-for-this-test-1")
+    with step("the guide's ways to look at projects, health, logs and symptoms"):
+        for section in ("Projects", "Is it healthy", "Logs", "When something is wrong"):
+            guide.follow(section)
+
+
+def upgrade(station: Station) -> None:
     """A Label Studio that the scripts could not read is refused before it is let near the real tables."""
+    other = EPHEMERAL / "other"
+    lock = other / "label_studio.txt"
+    arguments = (
+        "-e", f"base_source_directory={other}", "-e", f"base_requirements={CHECKOUT / 'requirements/station.txt'}",
+        "-e", f"label_studio_requirements={lock}",
+    )  # fmt: skip
+    state = "readlink /opt/label-studio/venv; systemctl show -p MainPID label-studio"
     with step("an upgrade that would break the contract is refused, and Label Studio goes on"):
-        other = EPHEMERAL / "other"
         for folder in ("scripts", "sql", "label_studio_templates"):
             shutil.copytree(CHECKOUT / folder, other / folder)
         contract = other / "scripts/station/contract.py"
-        contract.write_text(
-            contract.read_text().replace('"was_cancelled":', '"no_such_column": "text", "was_cancelled":')
-        )
-        lock = other / "label_studio.txt"
+        right = contract.read_text()
+        contract.write_text(right.replace('"was_cancelled":', '"no_such_column": "text", "was_cancelled":'))
         lock.write_text((CHECKOUT / "requirements/label_studio.txt").read_text() + "# another version\n")
-        before = station.run("readlink /opt/label-studio/venv; systemctl show -p MainPID label-studio")
-        requirements = CHECKOUT / "requirements/station.txt"
-        code, output, seconds = playbook(
-            "-e", f"base_source_directory={other}", "-e", f"base_requirements={requirements}",
-            "-e", f"label_studio_requirements={lock}",
-        )  # fmt: skip
+        before = station.run(state)
+        code, output, seconds = playbook(*arguments)
         assert code != 0
         assert "was refused" in output, output[-4000:]
         assert "no_such_column" in output, output[-4000:]
-        assert station.run("readlink /opt/label-studio/venv; systemctl show -p MainPID label-studio") == before
+        assert station.run(state) == before
         assert "rehearsal" not in station.run("runuser -u postgres -- psql -XAtlq")
         print(f"     {seconds:.0f} s")
-    with step("deploying what is right again"):
-        code, output, seconds = playbook()
+    with step("one that the scripts can read is let in"):
+        contract.write_text(right)
+        code, output, seconds = playbook(*arguments)
         assert code == 0, output[-4000:]
+        assert station.run(state) != before
+        assert healthy(station)
+        print(f"     {seconds:.0f} s")
 
 
-def rotate(station: Station) -> None:
+def move(station: Station, guide: Guide) -> None:
+    """To a new server; this one is it, after everything was destroyed."""
+    with step("everything is brought home and dumped"):
+        guide.follow("Clean reset", count=1)
+        before = done_count(station)
+        guide.follow("A new server", count=1)
+    with step("uninstalled: the databases and files stay"):
+        guide.follow("Clean reset", count=1)
+        assert not station.run("cd /etc/systemd/system; find . -name 'label*' -type f").strip()
+        assert "data_factory" in station.run("runuser -u postgres -- psql -XAtlq")
+        station.run("ls /srv/labelstation/raw/metadata.jsonl")
+    with step("uninstalled with its data: nothing stays"):
+        guide.follow("Clean reset", count=1)
+        assert "data_factory" not in station.run("runuser -u postgres -- psql -XAtlq")
+        assert not station.run("ls -d /srv/labelstation /var/lib/label-studio 2>/dev/null", ok=(2,)).strip()
+    with step("deployed as a new one"):
+        guide.follow("A new server", count=1)
+        assert done_count(station) == 0
+    with step("what people made is in its place again"):
+        guide.follow("A new server")
+        assert done_count(station) == before
+        Annotator(station.address).log_in("person@example.org", "another-for-this-test-1")
+        assert healthy(station)
+
+
+def rotate(station: Station, guide: Guide | None) -> None:
     """New secrets take effect, the old ones stop working, and no secret is in the output."""
     old = station.secrets()
     old_token = station.secret("label_studio_api_token")
-    # The vaulted password of scenario `full` is not made, so it is not made anew.
-    for name in (
-        ("label_studio_api_token",) if station.full else ("label_studio_api_token", "label_studio_admin_password")
-    ):
+    with step("a deployment with a new token and, unless it is given, a new password"):
+        # The vaulted password of scenario `full` is not made, so it is not made anew.
+        name = "label_studio_api_token" if station.full else "label_studio_admin_password"
         place = EPHEMERAL / "secrets" / name
         place.rename(place.with_suffix(".old"))
-    with step("a deployment with a new token and a new password"):
-        code, output, seconds = playbook("-v", "--diff")
-        assert code == 0, output[-4000:]
-        print(f"     {seconds:.0f} s")
+        if guide:
+            output = guide.follow("Rotating secrets")
+        else:
+            code, output, _ = playbook("-v", "--diff")
+            assert code == 0, output[-4000:]
         for secret in {*old, *station.secrets()}:
             assert secret not in output, "a secret is in the playbook's output"
     with step("the old token is dead, the new one works, the new password logs in"):
