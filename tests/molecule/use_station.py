@@ -65,11 +65,16 @@ def verify(station: Station) -> None:
         station.run("labelstation export")
         found = station.run("find /srv/labelstation/reviewed/transcript_verification -name transcript.json")
         assert found.strip(), "nothing was exported"
-    with step("no unit has failed, but for what came between an old token and its new one, and works now"):
-        for unit in station.run("systemctl --failed --no-legend --plain 'labelstation-*' | cut -d' ' -f1").split():
+    with step("no unit has failed, but for what ran into one of the side effects, and works now"):
+        for unit in failed(station, "labelstation-*"):
             station.run(f"systemctl start {unit}")
-        failed = station.run("systemctl --failed --no-legend --plain")
-        assert not failed.strip(), failed
+        assert not failed(station, "*"), failed(station, "*")
+
+
+def failed(station: Station, units: str) -> list[str]:
+    """The units that systemd calls failed."""
+    listed = station.run(f"systemctl list-units --failed --no-legend --plain '{units}'")
+    return [line.split()[0] for line in listed.splitlines() if line]
 
 
 def annotate(station: Station) -> None:
@@ -489,10 +494,11 @@ def main() -> int:
         (verify if arguments.verb == "verify" else side_effect)(station)
     except Exception as error:
         print(f"FAILED: {type(error).__name__}: {error}")
-        print(
-            "The station's journal:\n"
-            + station.run("journalctl --no-pager -n 300 | grep -vE 'sshd|sudo|ession' | tail -80")
-        )
+        journal = station.run("journalctl --no-pager")
+        place = CHECKOUT / f".local/{station.name}.journal"
+        place.write_text(journal)
+        ours = [line for line in journal.splitlines() if not re.search("sshd|sudo|ession", line)]
+        print("\n".join([f"The end of the station's journal ({place}):", *ours[-80:]]))
         raise
     return 0
 
