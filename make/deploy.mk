@@ -54,7 +54,7 @@ MOLECULE ?= default
 RELEASE ?= bookworm
 
 .PHONY: molecule
-molecule: $(CONTROL)/.test $(VENV)/.local ## Deploy to a real Debian in systemd-nspawn and use it (root; RELEASE=bookworm|trixie MOLECULE=default|full)
+molecule: $(CONTROL)/.test $(VENV)/.test ## Deploy to a real Debian in systemd-nspawn and use it (root; RELEASE=bookworm|trixie MOLECULE=default|full)
 	@PATH="$(CURDIR)/$(CONTROL)/bin:$$PATH" RELEASE=$(RELEASE) ANSIBLE_CONFIG=$(CURDIR)/ansible.cfg \
 		MOLECULE_GLOB='tests/molecule/*/molecule.yml' molecule test --scenario-name $(MOLECULE) $(ARGS)
 
@@ -62,7 +62,8 @@ molecule: $(CONTROL)/.test $(VENV)/.local ## Deploy to a real Debian in systemd-
 molecule-packages: ## Install the Debian packages that `make molecule` needs (root)
 	@apt-get -qq update
 	@DEBIAN_FRONTEND=noninteractive apt-get -qq install --yes --no-install-recommends -o DPkg::Lock::Timeout=600 \
-		mmdebstrap systemd-container slirp4netns debian-archive-keyring iproute2 openssh-client
+		mmdebstrap systemd-container slirp4netns debian-archive-keyring iproute2 openssh-client rsync \
+		chromium fonts-noto-core
 
 $(CONTROL)/.test: requirements/control_test.txt $(CONTROL)/.done
 	$(call install,$(CONTROL)/bin/python,requirements/control_test.txt)

@@ -21,6 +21,7 @@ from socketserver import StreamRequestHandler, ThreadingTCPServer
 from threading import Thread
 
 import requests
+from playwright.sync_api import Response, sync_playwright
 
 from guide import Guide
 from host import CHECKOUT, EPHEMERAL, HOSTS, VAULT_PASSWORD_FILE, VAULTED, Station, healthy, step, wait_until
@@ -116,9 +117,41 @@ def annotate(station: Station) -> None:
         assert page.headers["X-Content-Type-Options"] == "nosniff"
         for path, status in (("/react-app/main.js", 200), ("/static/images/favicon.ico", 200), ("/heidi-tips", 404)):
             assert person.session.get(station.address + path, timeout=30).status_code == status, path
+    with step("a browser shows the task and plays its recording, and nothing that the page asks for is missing"):
+        look_in_browser(station, person, f"/projects/{project}/data?task={task['id']}")
     with step("the annotator submits"):
         result = json.loads((CHECKOUT / f"label_studio_templates/{TASK_TYPE}.annotation.json").read_text())["result"]
         person.annotate(task["id"], result, lead_time=5)
+
+
+def look_in_browser(station: Station, person: Annotator, path: str) -> None:
+    """Open a task as that person; leaves a picture of it below .local."""
+    troubles: list[str] = []
+
+    def look_at(answer: Response) -> None:
+        if answer.status >= requests.codes.bad_request:
+            troubles.append(f"{answer.status} {answer.url}")
+
+    with sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(
+            executable_path="/usr/bin/chromium",
+            args=["--no-sandbox", "--disable-gpu", "--disable-background-networking"],
+        )
+        page = chromium.new_page(viewport={"width": 1400, "height": 1000}, ignore_https_errors=True)
+        page.context.add_cookies(
+            [
+                {"name": name, "value": value, "url": station.address}
+                for name, value in person.session.cookies.get_dict().items()
+            ]
+        )
+        page.on("response", look_at)
+        page.on("requestfailed", lambda request: troubles.append(f"{request.failure} {request.url}"))
+        page.goto(station.address + path)
+        page.wait_for_selector("canvas")
+        page.wait_for_function("document.querySelector('audio')?.duration > 1")
+        page.screenshot(path=CHECKOUT / f".local/{station.name}.png")
+        chromium.close()
+    assert not troubles, troubles
 
 
 def network(station: Station) -> str:
