@@ -5,7 +5,8 @@ import argparse
 import json
 import re
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import quote
@@ -86,9 +87,7 @@ def main(options: argparse.Namespace) -> ExitCode:
             reasons = left_out(push, chosen)
             pushed = 0
             with cli.progress("push", chosen) as show:
-                for start in range(0, chosen, BATCH_TASKS):
-                    keys = reserve(push, start, start + BATCH_TASKS)
-                    send(push, keys)
+                for keys in push_chosen(push, chosen):
                     made, refused = outcome(push, keys)
                     pushed, failed = pushed + made, failed + refused
                     show(pushed)
@@ -217,22 +216,71 @@ def note_showing(push: Push, keys: Sequence[UUID]) -> None:
 # Sending and recording
 
 
-def send(push: Push, keys: Sequence[UUID]) -> None:
-    """Import reserved tasks and record what each has become.
+@dataclass
+class Sent:
+    """Tasks on their way to Label Studio.
+
+    Attributes:
+        keys: what was reserved.
+        imports: each request's tasks, and their ids when Label Studio has answered.
+    """
+
+    keys: Sequence[UUID]
+    imports: Sequence[tuple[list[dict[str, Any]], Future[list[int]]]]
+
+
+def push_chosen(push: Push, chosen: int) -> Iterator[Sequence[UUID]]:
+    """Reserve and import batch after batch; gives the keys of each when it is recorded.
+
+    While Label Studio makes the tasks of one batch, the next one is reserved.
 
     Raises:
         UnavailableError: Label Studio did not answer, twice. What is unclear stays reserved for the next push.
     """
+    with ThreadPoolExecutor(1) as importer:
+        sent: Sent | None = None
+        for start in range(0, chosen, BATCH_TASKS):
+            following = send(push, importer, reserve(push, start, start + BATCH_TASKS))
+            if sent:
+                yield finish(push, sent)
+            sent = following
+        if sent:
+            yield finish(push, sent)
+
+
+def send(push: Push, importer: Executor, keys: Sequence[UUID]) -> Sent:
+    """Begin to import reserved tasks."""
+    return Sent(
+        keys,
+        [
+            (batch, importer.submit(push.label_studio.import_tasks, push.project_id, batch))
+            for batch in batches(push, keys)
+        ],
+    )
+
+
+def finish(push: Push, sent: Sent) -> Sequence[UUID]:
+    """Record what tasks on their way have become; gives their keys.
+
+    Raises:
+        UnavailableError: Label Studio did not answer, twice.
+    """
     try:
-        import_reserved(push, keys)
+        for batch, imported in sent.imports:
+            record_import(push, batch, imported.result)
     except NoAnswerError as error:
+        # The requests that are left were to come after the one that failed, which is looked into first.
+        for _batch, imported in sent.imports:
+            if not imported.cancel():
+                imported.exception()
         log.warning("%s; looking whether the tasks were made", error)
-        record_found(push, keys)
-        import_reserved(push, keys)
+        record_found(push, sent.keys)
+        import_reserved(push, sent.keys)
+    return sent.keys
 
 
 def import_reserved(push: Push, keys: Sequence[UUID]) -> None:
-    """Import those of these tasks that are still reserved."""
+    """Import those of these tasks that are still reserved, and record what each has become."""
     for batch in batches(push, keys):
         import_batch(push, batch)
 
@@ -301,9 +349,14 @@ def payloads(push: Push, keys: Sequence[UUID]) -> list[dict[str, Any]]:
 
 
 def import_batch(push: Push, batch: Sequence[dict[str, Any]]) -> None:
-    """Import one request's tasks; where they are refused, find the ones at fault by halves."""
+    """Import one request's tasks, and record what each has become."""
+    record_import(push, batch, lambda: push.label_studio.import_tasks(push.project_id, batch))
+
+
+def record_import(push: Push, batch: Sequence[dict[str, Any]], imported: Callable[[], Sequence[int]]) -> None:
+    """Record the tasks of one request; where they were refused, find the ones at fault by halves."""
     try:
-        task_ids = push.label_studio.import_tasks(push.project_id, batch)
+        task_ids = imported()
     except RefusedError as error:
         if error.status not in (requests.codes.bad_request, requests.codes.request_entity_too_large):
             raise
@@ -395,7 +448,8 @@ def recover(push: Push) -> tuple[int, int]:
         ).fetchall()
         # They were never made, so nobody saw what was noted then; what they will show is what is true now.
         note_showing(push, [key for (key,) in missing])
-    send(push, [key for (key,) in missing])
+    with ThreadPoolExecutor(1) as importer:
+        finish(push, send(push, importer, [key for (key,) in missing]))
     return outcome(push, list(set(keys) - {key for key, _unlocked in removed}))
 
 

@@ -149,6 +149,7 @@ def look_in_browser(station: Station, person: Annotator, path: str) -> None:
         page.goto(station.address + path)
         page.wait_for_selector("canvas")
         page.wait_for_function("document.querySelector('audio')?.duration > 1")
+        page.get_by_text("Loading file").wait_for(state="detached")
         page.screenshot(path=CHECKOUT / f".local/{station.name}.png")
         chromium.close()
     assert not troubles, troubles
