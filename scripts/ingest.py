@@ -6,6 +6,7 @@ Lines are read, checked and compared in batches; while the server applies one ba
 
 import argparse
 import codecs
+import configparser
 import functools
 import hashlib
 import io
@@ -303,7 +304,7 @@ class Corpus:
         self.repository = next((parent for parent in around if (parent / ".git").exists()), None)
         dvc = next((parent for parent in around if (parent / ".dvc").is_dir()), None)
         # DVC may link a file into its cache instead of copying it.
-        homes = [self.folder] + ([(dvc / ".dvc" / "cache").resolve()] if dvc else [])
+        homes = [self.folder] + ([_dvc_cache(dvc / ".dvc").resolve()] if dvc else [])
         self._homes = tuple(f"{home}/" for home in homes)
         self._real_folder = functools.lru_cache(maxsize=1_000)(self._find_folder)
 
@@ -365,6 +366,28 @@ class Corpus:
             if lock.is_file():
                 return _dvc_output(lock, self.folder.relative_to(parent).as_posix())
         return None
+
+
+def _dvc_cache(dvc: Path) -> Path:
+    """Where DVC keeps its files: beside its settings, unless they name a place, such as one that a lab shares.
+
+    Args:
+        dvc: a repository's `.dvc` folder.
+
+    Raises:
+        SettingError: its settings cannot be read.
+    """
+    cache = dvc / "cache"
+    # As DVC itself: the later the nearer. A relative path counts from the folder of its file.
+    for file in (Path("/etc/xdg/dvc/config"), dvc / "config", dvc / "config.local"):
+        settings = configparser.ConfigParser(interpolation=None, strict=False)
+        try:
+            settings.read(file, encoding="utf-8")
+        except (configparser.Error, UnicodeDecodeError, OSError) as error:
+            raise SettingError(f"{file} cannot be read: {error}") from None
+        if named := settings.get("cache", "dir", fallback="").strip("\"'"):
+            cache = file.parent / named
+    return cache
 
 
 def _dvc_output(file: Path, path: str) -> str | None:
