@@ -393,11 +393,11 @@ def test_dvc_lock_names_the_revision_of_the_output_not_of_a_dependency(
 @pytest.mark.parametrize(
     ("config", "local", "cache"),
     [
-        ("", "", "repository/.dvc/cache"),
-        ("[core]\n    analytics = false\n[cache]\n    type = symlink\n    dir = ../../shared\n", "", "shared"),
+        ("", "", ".dvc/cache"),
+        ("[core]\n    analytics = false\n[cache]\n    type = symlink\n    dir = ../shared\n", "", "shared"),
         (
             "[cache]\n    dir = ../elsewhere\n",
-            "[cache]\n    dir = {absolute}\n['remote \"lab\"']\n    url = x\n",
+            "['remote \"lab\"']\n    url = x\n[cache]\n    dir = {absolute}\n",
             "shared",
         ),
     ],
@@ -405,11 +405,10 @@ def test_dvc_lock_names_the_revision_of_the_output_not_of_a_dependency(
 def test_links_into_the_dvc_cache_are_followed_wherever_it_is(
     corpus: SmallCorpus, settings_file: Path, tmp_path: Path, config: str, local: str, cache: str
 ) -> None:
-    dvc = tmp_path / "repository" / ".dvc"
-    dvc.mkdir(parents=True)
+    dvc = tmp_path / ".dvc"
+    dvc.mkdir()
     (dvc / "config").write_text(config)
     (dvc / "config.local").write_text(local.format(absolute=tmp_path / "shared"))
-    corpus.folder = corpus.folder.rename(tmp_path / "repository" / "raw")
     place = tmp_path / cache / "files" / "md5" / "ab"
     place.mkdir(parents=True)
     file = corpus.folder / "audio" / "a.wav"
@@ -417,10 +416,19 @@ def test_links_into_the_dvc_cache_are_followed_wherever_it_is(
     file.symlink_to(place / "cd")
     assert ingest(corpus, settings_file) == {"added": 2}
     assert ingest(corpus, settings_file) == {"unchanged": 2}
-    (tmp_path / "stray").write_bytes(b"no recording of this corpus")
+    (tmp_path / "stray.wav").write_bytes(b"no recording of this corpus")
     file.unlink()
-    file.symlink_to(tmp_path / "stray")
-    assert "a link leads out of the corpus" in run_script("ingest", corpus.folder, env_file=settings_file).stderr
+    file.symlink_to(tmp_path / "stray.wav")
+    assert "a link leads out of the corpus" in run_script("ingest", env_file=settings_file).stderr
+
+
+def test_dvc_settings_that_cannot_be_read_are_named(corpus: SmallCorpus, settings_file: Path, tmp_path: Path) -> None:
+    (tmp_path / ".dvc").mkdir()
+    (tmp_path / ".dvc" / "config").write_text("dir = nowhere\n")
+    corpus.write()
+    done = run_script("ingest", env_file=settings_file)
+    assert done.returncode == 78
+    assert str(tmp_path / ".dvc" / "config") in done.stderr
 
 
 def test_a_writer_that_holds_a_sample_is_waited_for(
