@@ -19,6 +19,8 @@ def main() -> None:
         check=False,
         capture_output=True,
         text=True,
+        # Told to say more, it would say it before the inventory.
+        env={**os.environ, "ANSIBLE_VERBOSITY": "0"},
     )
     if asked.returncode != 0:
         sys.exit(asked.stderr)
