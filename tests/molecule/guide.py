@@ -140,7 +140,7 @@ class Guide:
         edited = folder / "hosts.yml"
         edited.write_text(yaml.safe_dump(inventory))
         program = folder / "editor"
-        program.write_text(f'#!/bin/sh\ncp {edited} "$1"\nln -sfn {EPHEMERAL}/secrets "$(dirname "$1")/secrets"\n')
+        program.write_text(f'#!/bin/sh\ncp {edited} "$1"\nln -sfn {EPHEMERAL}/secrets "$(dirname "$1")/.secrets"\n')
         program.chmod(0o755)
         return folder
 

@@ -379,6 +379,7 @@ def wrong_settings() -> None:
         ("nginx_prot=80", "nginx_prot"),
         ("nginx_tls=maybe", "nginx_tls"),
         ("label_studio_address=label.example.org", "label_studio_address"),
+        ("secrets_directory={{ inventory_dir }}/secrets", "secrets_directory"),
     ):
         with step(f"{argument} is refused"):
             code, output, seconds = playbook("-e", argument)
@@ -406,6 +407,11 @@ def follow_first_day(station: Station, guide: Guide) -> None:
         assert "labelstation-doctor" in said
         assert "healthy" in said
         assert all(secret not in said for secret in station.secrets())
+        listed = subprocess.run(
+            ["ansible-inventory", "-i", guide.lab, "--list"], capture_output=True, text=True, check=True
+        ).stdout
+        assert "station" in listed
+        assert all(secret not in listed for secret in station.secrets()), "a secret is a host of the inventory"
         # Fails when a port is closed that has to be open.
         requests.get(f"{station.address}/user/login/", timeout=30).raise_for_status()
     with step("a forgotten password"):
