@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from socketserver import StreamRequestHandler, ThreadingTCPServer
 from threading import Thread
 
 import pytest
@@ -46,11 +47,13 @@ def webhook() -> Iterator[Webhook]:
     result.server.server_close()
 
 
-def ends(folder: Path, webhook: Webhook, outcome: tuple[str, str]) -> subprocess.CompletedProcess[str]:
+def ends(
+    folder: Path, webhook: Webhook, outcome: tuple[str, str], job: str = "labelstation-pull"
+) -> subprocess.CompletedProcess[str]:
     """A job's run has ended; what the alert did."""
     (folder / "ALERT_WEBHOOK_URL").write_text(f"http://127.0.0.1:{webhook.server.server_port}/secret-path")
     return subprocess.run(
-        [sys.executable, ALERT, "labelstation-pull"],
+        [sys.executable, ALERT, job],
         env={
             "PATH": os.environ["PATH"],
             "MONITOR_SERVICE_RESULT": outcome[0],
@@ -93,4 +96,23 @@ def test_what_could_not_be_delivered_is_said_again(tmp_path: Path, webhook: Webh
     webhook.status = 204
     assert ends(tmp_path, webhook, FAILS).returncode == 0
     assert ends(tmp_path, webhook, FAILS).returncode == 0
+    assert webhook.states == ["fails"]
+
+
+def test_an_alert_is_not_repeated_because_the_health_check_service_answers_nonsense(
+    tmp_path: Path, webhook: Webhook
+) -> None:
+    class Nonsense(StreamRequestHandler):
+        def handle(self) -> None:
+            self.rfile.readline()
+            self.wfile.write(b"nonsense\r\n")
+
+    with ThreadingTCPServer(("127.0.0.1", 0), Nonsense) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        (tmp_path / "ALERT_PING_URL").write_text(f"http://127.0.0.1:{server.server_address[1]}/")
+        for _run in range(2):
+            done = ends(tmp_path, webhook, FAILS, "labelstation-doctor")
+            assert done.returncode == 0, done.stderr
+            assert "health-check service does not answer: BadStatusLine" in done.stderr
+        server.shutdown()
     assert webhook.states == ["fails"]

@@ -15,6 +15,7 @@ import urllib.request
 from collections.abc import Callable
 from email.message import EmailMessage
 from functools import partial
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 
@@ -101,12 +102,13 @@ def main() -> int:
         for deliver in deliveries:
             try:
                 deliver()
-            except OSError as error:
+            except (OSError, HTTPException) as error:
                 # Without the address: it can be a secret.
-                faults.append(f"{type(error).__name__}: {getattr(error, 'reason', '') or error.strerror}")
+                detail = getattr(error, "reason", None) or getattr(error, "strerror", None) or ""
+                faults.append(f"{type(error).__name__}: {detail}")
     try:
         ping(unit, state)
-    except OSError as error:
+    except (OSError, HTTPException) as error:
         print(f"<4>the health-check service does not answer: {type(error).__name__}", file=sys.stderr)
     for fault in faults:
         print(f"<3>the alert could not be delivered: {fault}", file=sys.stderr)
