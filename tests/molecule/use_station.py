@@ -367,7 +367,11 @@ def playbook(*arguments: str, inventory: Path = EPHEMERAL / "inventory") -> tupl
         capture_output=True,
         text=True,
         check=False,
-        env={**os.environ, "ANSIBLE_CONFIG": str(EPHEMERAL / "ansible.cfg")},
+        env={
+            **os.environ,
+            "ANSIBLE_CONFIG": str(EPHEMERAL / "ansible.cfg"),
+            **({"ANSIBLE_VAULT_PASSWORD_FILE": str(VAULT_PASSWORD_FILE)} if VAULT_PASSWORD_FILE.exists() else {}),
+        },
     )
     return done.returncode, done.stdout + done.stderr, time.monotonic() - started
 
