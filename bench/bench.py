@@ -553,8 +553,6 @@ def main() -> None:
             STEPS[name](bench)
     finally:
         bench.stop()
-    for leftover in ("postgres", "label_studio", "raw", "raw-tenth", "reviewed"):
-        shutil.rmtree(FOLDER / leftover, ignore_errors=True)
     show(bench.results)
     machine = {"machine": platform.machine(), "cores": os.cpu_count(), "python": platform.python_version()}
     (FOLDER / "results.json").write_text(
