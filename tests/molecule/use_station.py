@@ -306,6 +306,7 @@ def side_effect(station: Station) -> None:
         wait_until("doctor", lambda: healthy(station), 120)
         assert station.run("systemctl show --property=UserspaceTimestamp") != before, "it did not reboot"
     wrong_settings()
+    wrong_rule(station)
     guide = None if station.full else Guide(station)
     if guide:
         follow_first_day(station, guide)
@@ -401,6 +402,19 @@ def wrong_settings() -> None:
         assert code != 0
         assert "missing setting: label_studio_address, label_studio_admin_email" in output, output[-2000:]
         print(f"     after {seconds:.1f} s")
+
+
+def wrong_rule(station: Station) -> None:
+    """PostgreSQL itself judges who may come in, before it has to obey."""
+    with step("a rule that PostgreSQL cannot read is refused by its line, and the old ones stay"):
+        files = "cat /etc/postgresql/*/main/pg_hba.conf /etc/postgresql/*/main/pg_ident.conf"
+        before = station.run(files)
+        rules = {"postgres_extra_hba": ["host data_factory labelstation no-such-network/99 scram-sha-256"]}
+        code, output, _ = playbook("--tags", "postgres", "-e", json.dumps(rules))
+        assert code != 0
+        assert "pg_hba.conf line" in output, output[-4000:]
+        assert station.run(files) == before
+        assert healthy(station)
 
 
 def follow_first_day(station: Station, guide: Guide) -> None:
