@@ -11,6 +11,7 @@ import shutil
 import ssl
 import subprocess
 import sys
+import time
 import urllib.parse
 import warnings
 from collections.abc import Callable, Iterator
@@ -40,6 +41,8 @@ DISK_WARN_SHARE, DISK_FAIL_SHARE = 0.15, 0.05
 CERTIFICATE_WARN_DAYS = 21
 ANSWER_SECONDS = 10
 OWN_TIMER = "labelstation-doctor"
+# A deployment holds the timers while it changes what they run; one that takes longer has ended early.
+HOLD_SECONDS = 1800
 
 
 @dataclass(frozen=True)
@@ -288,9 +291,15 @@ def look_at_timers(_settings: Settings) -> Iterator[Finding]:
     if not units:
         yield Finding("WARN", "timers", "this machine has none", "expected off a station")
     for unit in units:
-        active = systemctl("show", "--property=ActiveState", "--value", f"{unit}.timer").strip()
-        if active != "active":
-            yield Finding("FAIL", unit, f"its timer is {active}", f"systemctl start {unit}.timer")
+        shown = systemctl("show", "--property=ActiveState,InactiveEnterTimestampMonotonic", f"{unit}.timer")
+        timer = dict(entry.split("=", 1) for entry in shown.splitlines() if "=" in entry)
+        if timer["ActiveState"] != "active":
+            stopped = int(timer["InactiveEnterTimestampMonotonic"]) / 1e6
+            found = f"its timer is {timer['ActiveState']}"
+            if stopped and time.monotonic() - stopped < HOLD_SECONDS:
+                yield Finding("WARN", unit, f"{found}, but not for long", "a deployment that is done starts it again")
+            else:
+                yield Finding("FAIL", unit, found, f"systemctl start {unit}.timer")
             continue
         if unit == OWN_TIMER:
             yield Finding("OK", unit, "its timer runs")

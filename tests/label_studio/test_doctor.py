@@ -1,5 +1,8 @@
 """What doctor sees of a station that is well, and of one that is not."""
 
+import os
+import time
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -63,3 +66,23 @@ def test_recordings_that_are_missing_are_named(station: Station) -> None:
         " VALUES ('gone', 'manual_upload', 'audio/gone.wav', md5('gone'), 1)"
     )
     assert findings(station)["audio"]["verdict"] == "FAIL"
+
+
+@pytest.mark.parametrize(("minutes", "verdict"), [(29, "WARN"), (31, "FAIL")])
+def test_timers_that_a_deployment_holds_are_no_alarm_until_it_takes_too_long(
+    station: Station, tmp_path: Path, minutes: int, verdict: str
+) -> None:
+    stopped = round((time.monotonic() - minutes * 60) * 1e6)
+    systemctl = tmp_path / "systemctl"
+    systemctl.write_text(
+        "#!/bin/sh\n"
+        'case "$*" in\n'
+        "  list-units*timer*) echo labelstation-pull.timer loaded inactive dead ;;\n"
+        "  show*labelstation-pull.timer)\n"
+        f"    printf 'ActiveState=inactive\\nInactiveEnterTimestampMonotonic={stopped}\\n' ;;\n"
+        "esac\n"
+    )
+    systemctl.chmod(0o755)
+    seen = findings(station, PATH=f"{tmp_path}:{os.environ['PATH']}")
+    assert seen["labelstation-pull"]["verdict"] == verdict
+    assert "its timer is inactive" in seen["labelstation-pull"]["found"]

@@ -467,7 +467,7 @@ def upgrade(station: Station) -> None:
         assert station.run(state) == before
         assert "rehearsal" not in station.run("runuser -u postgres -- psql -XAtlq")
         # The scripts are new, the deployment never ended: no job runs until one does, and doctor tells.
-        assert "FAIL labelstation-pull: its timer is inactive" in station.run("labelstation doctor", ok=(3,))
+        assert "WARN labelstation-pull: its timer is inactive" in station.run("labelstation doctor", ok=(3,))
         print(f"     {seconds:.0f} s")
     with step("one that the scripts can read is let in"):
         contract.write_text(right)
