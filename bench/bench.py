@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import psycopg
@@ -141,7 +142,7 @@ class Bench:
 def _peak_mib(pid: int) -> float:
     """The most memory that a process has had resident since its exec; 0 if it has just ended."""
     try:
-        status = PROJECT.joinpath(f"/proc/{pid}/status").read_text()
+        status = Path(f"/proc/{pid}/status").read_text()
     except OSError:
         return 0.0
     found = re.search(r"^VmHWM:\s+(\d+) kB", status, re.MULTILINE)

@@ -293,13 +293,14 @@ def look_at_timers(_settings: Settings) -> Iterator[Finding]:
     for unit in units:
         shown = systemctl("show", "--property=ActiveState,InactiveEnterTimestampMonotonic", f"{unit}.timer")
         timer = dict(entry.split("=", 1) for entry in shown.splitlines() if "=" in entry)
-        if timer["ActiveState"] != "active":
-            stopped = int(timer["InactiveEnterTimestampMonotonic"]) / 1e6
-            found = f"its timer is {timer['ActiveState']}"
-            if stopped and time.monotonic() - stopped < HOLD_SECONDS:
-                yield Finding("WARN", unit, f"{found}, but not for long", "a deployment that is done starts it again")
+        state = timer.get("ActiveState", "unknown")
+        if state != "active":
+            stopped = int(timer.get("InactiveEnterTimestampMonotonic", 0)) / 1e6
+            if state == "inactive" and stopped and time.monotonic() - stopped < HOLD_SECONDS:
+                found = f"its timer is {state} since less than {HOLD_SECONDS // 60} minutes"
+                yield Finding("WARN", unit, found, "a deployment starts it again when it is done")
             else:
-                yield Finding("FAIL", unit, found, f"systemctl start {unit}.timer")
+                yield Finding("FAIL", unit, f"its timer is {state}", f"systemctl start {unit}.timer")
             continue
         if unit == OWN_TIMER:
             yield Finding("OK", unit, "its timer runs")

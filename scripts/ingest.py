@@ -383,7 +383,7 @@ def _dvc_cache(dvc: Path) -> Path:
         settings = configparser.ConfigParser(interpolation=None, strict=False)
         try:
             settings.read(file, encoding="utf-8")
-        except (configparser.Error, UnicodeDecodeError, OSError) as error:
+        except (configparser.Error, UnicodeDecodeError) as error:
             raise SettingError(f"{file} cannot be read: {error}") from None
         if named := settings.get("cache", "dir", fallback="").strip("\"'"):
             cache = file.parent / named

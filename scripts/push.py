@@ -6,8 +6,9 @@ import json
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
+from threading import Thread
 from typing import Any
 from urllib.parse import quote
 from uuid import UUID
@@ -218,65 +219,79 @@ def note_showing(push: Push, keys: Sequence[UUID]) -> None:
 
 @dataclass
 class Sent:
-    """Tasks on their way to Label Studio.
+    """Reserved tasks, the first request of which is on its way to Label Studio.
 
     Attributes:
         keys: what was reserved.
-        imports: each request's tasks, and their ids when Label Studio has answered.
+        batch: the tasks of that request.
+        imported: their ids, when Label Studio has answered.
+        rest: the tasks of the requests that come after it: large ones do not all fit into one.
     """
 
     keys: Sequence[UUID]
-    imports: Sequence[tuple[list[dict[str, Any]], Future[list[int]]]]
+    batch: list[dict[str, Any]]
+    imported: Future[list[int]]
+    rest: Iterator[list[dict[str, Any]]]
 
 
 def push_chosen(push: Push, chosen: int) -> Iterator[Sequence[UUID]]:
     """Reserve and import batch after batch; gives the keys of each when it is recorded.
 
-    While Label Studio makes the tasks of one batch, the next one is reserved.
+    While Label Studio makes the tasks of one batch, the next one is reserved; there is never more than one request.
 
     Raises:
         UnavailableError: Label Studio did not answer, twice. What is unclear stays reserved for the next push.
     """
-    with ThreadPoolExecutor(1) as importer:
-        sent: Sent | None = None
-        for start in range(0, chosen, BATCH_TASKS):
-            following = send(push, importer, reserve(push, start, start + BATCH_TASKS))
-            if sent:
-                yield finish(push, sent)
-            sent = following
+    sent: Sent | None = None
+    for start in range(0, chosen, BATCH_TASKS):
+        keys = reserve(push, start, start + BATCH_TASKS)
+        rest = batches(push, keys)
+        batch = next(rest, [])
         if sent:
-            yield finish(push, sent)
+            finish(push, sent)
+            yield sent.keys
+        sent = Sent(keys, batch, import_in_background(push, batch), rest)
+    if sent:
+        finish(push, sent)
+        yield sent.keys
 
 
-def send(push: Push, importer: Executor, keys: Sequence[UUID]) -> Sent:
-    """Begin to import reserved tasks."""
-    return Sent(
-        keys,
-        [
-            (batch, importer.submit(push.label_studio.import_tasks, push.project_id, batch))
-            for batch in batches(push, keys)
-        ],
-    )
+def import_in_background(push: Push, batch: Sequence[dict[str, Any]]) -> Future[list[int]]:
+    """Begin to import one request's tasks.
+
+    Not an executor: a push that is told to end would wait for its thread, and Label Studio may take minutes.
+    """
+    imported: Future[list[int]] = Future()
+
+    def work() -> None:
+        try:
+            imported.set_result(push.label_studio.import_tasks(push.project_id, batch) if batch else [])
+        except BaseException as error:
+            imported.set_exception(error)
+
+    Thread(target=work, daemon=True).start()
+    return imported
 
 
-def finish(push: Push, sent: Sent) -> Sequence[UUID]:
-    """Record what tasks on their way have become; gives their keys.
+def finish(push: Push, sent: Sent) -> None:
+    """Import what is left of a batch, and record what each task has become.
 
     Raises:
         UnavailableError: Label Studio did not answer, twice.
     """
     try:
-        for batch, imported in sent.imports:
-            record_import(push, batch, imported.result)
+        record_import(push, sent.batch, sent.imported.result)
+        for batch in sent.rest:
+            import_batch(push, batch)
     except NoAnswerError as error:
-        # The requests that are left were to come after the one that failed, which is looked into first.
-        for _batch, imported in sent.imports:
-            if not imported.cancel():
-                imported.exception()
-        log.warning("%s; looking whether the tasks were made", error)
-        record_found(push, sent.keys)
-        import_reserved(push, sent.keys)
-    return sent.keys
+        look_and_import(push, sent.keys, error)
+
+
+def look_and_import(push: Push, keys: Sequence[UUID], error: NoAnswerError) -> None:
+    """After an import without an answer: record the tasks that were made all the same, and import the others."""
+    log.warning("%s; looking whether the tasks were made", error)
+    record_found(push, keys)
+    import_reserved(push, keys)
 
 
 def import_reserved(push: Push, keys: Sequence[UUID]) -> None:
@@ -448,8 +463,11 @@ def recover(push: Push) -> tuple[int, int]:
         ).fetchall()
         # They were never made, so nobody saw what was noted then; what they will show is what is true now.
         note_showing(push, [key for (key,) in missing])
-    with ThreadPoolExecutor(1) as importer:
-        finish(push, send(push, importer, [key for (key,) in missing]))
+    again = [key for (key,) in missing]
+    try:
+        import_reserved(push, again)
+    except NoAnswerError as error:
+        look_and_import(push, again, error)
     return outcome(push, list(set(keys) - {key for key, _unlocked in removed}))
 
 

@@ -24,7 +24,7 @@ from faulty_proxy import (
     gateway_timeout,
     never_carried_out,
 )
-from push import SETTLE_SECONDS
+from push import BATCH_TASKS, SETTLE_SECONDS
 from support import finish, launch_script, text_result
 
 TRANSCRIPT = "transcript_correction"
@@ -124,15 +124,17 @@ def test_killed_at_any_instant(station: Station) -> None:
     assert_pushed_once(station, samples)
 
 
+@pytest.mark.parametrize("batches", [1, 3])
 @pytest.mark.parametrize("fate", [answer_lost, gateway_timeout, never_carried_out], ids=lambda fate: fate.__name__)
 def test_an_import_without_an_answer_is_cleared_up_in_the_same_run(
-    station: Station, proxy: FaultyProxy, fate: Any
+    station: Station, proxy: FaultyProxy, fate: Any, batches: int
 ) -> None:
-    samples = add_samples(station, 30)
+    number = (batches - 1) * BATCH_TASKS + 30
+    samples = add_samples(station, number)
     proxy.fates = [fate]
     done = push(station, LABEL_STUDIO_URL=proxy.address)
-    assert done["pushed"] == 30
-    assert proxy.imports() == (2 if fate is never_carried_out else 1)
+    assert done["pushed"] == number
+    assert proxy.imports() == (batches + 1 if fate is never_carried_out else batches)
     assert_pushed_once(station, samples)
 
 
@@ -147,16 +149,38 @@ def test_an_import_that_takes_longer_than_the_time_limit(station: Station, proxy
     assert_pushed_once(station, samples)
 
 
-def test_killed_before_the_answer(station: Station, proxy: FaultyProxy) -> None:
+def test_killed_before_the_answer_with_the_next_batch_reserved(station: Station, proxy: FaultyProxy) -> None:
+    number = BATCH_TASKS + 30
+    samples = add_samples(station, number)
+    held = Held(carried_out_first=True)
+    proxy.fates = [held]
+    running = start_push(station, LABEL_STUDIO_URL=proxy.address)
+    assert held.arrived.wait(60)
+    reserved = "SELECT count(*) FROM tasks WHERE state = 'reserved'"
+    eventually(lambda: station.db.execute(reserved).fetchone() == (number,), "the next batch is reserved")
+    kill(running, station)
+    assert proxy.imports() == 1
+    done = push(station)
+    assert (done["recovered"], done["pushed"]) == (number, 0)
+    held.released.set()
+    assert_pushed_once(station, samples)
+
+
+@pytest.mark.parametrize(("sent", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_told_to_end_while_label_studio_says_nothing(
+    station: Station, proxy: FaultyProxy, sent: signal.Signals, code: int
+) -> None:
     samples = add_samples(station, 30)
     held = Held(carried_out_first=True)
     proxy.fates = [held]
     running = start_push(station, LABEL_STUDIO_URL=proxy.address)
     assert held.arrived.wait(60)
-    kill(running, station)
-    done = push(station)
-    assert (done["recovered"], done["pushed"]) == (30, 0)
+    running.send_signal(sent)
+    # The answer is held for as long as this takes.
+    assert finish(running, expect=code) == ("", "")
+    assert not held.done.is_set()
     held.released.set()
+    assert push(station)["recovered"] == 30
     assert_pushed_once(station, samples)
 
 

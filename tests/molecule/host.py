@@ -43,8 +43,8 @@ class Station:
         """Run a shell command there as root; its stdout."""
         host = json.loads((HOSTS / self.name / "host.json").read_text())
         ssh = [
-            "ssh", "-q", "-i", host["identity_file"], "-o", "ConnectTimeout=5", *SSH_OPTIONS,
-            f"{host['user']}@{host['address']}", "--", f"sudo sh -c {shlex.quote(command)}",
+            "ssh", "-q", "-i", host["identity_file"], "-o", "ConnectTimeout=5", "-o", "ServerAliveInterval=5",
+            *SSH_OPTIONS, f"{host['user']}@{host['address']}", "--", f"sudo sh -c {shlex.quote(command)}",
         ]  # fmt: skip
         done = subprocess.run(ssh, input=given, capture_output=True, check=False, timeout=300)
         if done.returncode not in ok:
