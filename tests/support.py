@@ -2,6 +2,8 @@
 
 import hashlib
 import os
+import random
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -56,6 +58,31 @@ def start_script(name: str, *arguments: str, env_file: Path) -> Iterator[subproc
             yield running
         finally:
             running.kill()
+
+
+class RandomKills:
+    """Kills at instants spread over the time that the work takes on this machine.
+
+    Args:
+        seed: of the random instants.
+        longest: seconds after which the first kill comes at the latest; shrinks as long as kills come too late.
+    """
+
+    def __init__(self, seed: int, longest: float) -> None:
+        self.chance = random.Random(seed)
+        self.longest = longest
+        self.number = 0
+
+    def strike(self, running: subprocess.Popen[str]) -> None:
+        """Kill a process that has begun its work, unless it ends before its instant comes."""
+        try:
+            running.communicate(timeout=self.chance.uniform(0, self.longest))
+        except subprocess.TimeoutExpired:
+            running.kill()
+            running.communicate()
+            self.number += running.returncode == -signal.SIGKILL
+        else:
+            self.longest *= 0.8
 
 
 def write_settings(file: Path, **settings: str) -> Path:

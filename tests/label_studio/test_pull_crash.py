@@ -1,7 +1,6 @@
 """A pull that is killed, or fails halfway, leaves nothing half done; the next one ends in the same state."""
 
 import os
-import random
 import subprocess
 import sys
 from functools import partial
@@ -13,7 +12,7 @@ from psycopg import sql
 from conftest import Station
 from loop import TRANSCRIPT, add_annotations, pull, push
 from station.local_services import PROJECT, LocalPostgres, wait_until
-from support import Connection, add_sample
+from support import Connection, RandomKills, add_sample
 
 KILLS = 25
 SAMPLES = 250
@@ -79,18 +78,12 @@ def test_a_pull_killed_at_any_instant_and_run_again_is_as_if_it_had_not_been(
             admin.execute(sql.SQL("DROP DATABASE {} WITH (FORCE)").format(sql.Identifier(copy)))
     assert len(uninterrupted) == SAMPLES * 2 * 2
 
-    instants = random.Random(7)
-    killed = 0
-    for _ in range(KILLS):
+    kills = RandomKills(seed=7, longest=0.2)
+    while kills.number < KILLS:
         with start_pull(station, "--limit", "9") as process:
             wait_until(partial(at_work, station, process), "the pull", 60)
-            try:
-                process.wait(timeout=instants.uniform(0, 0.2))
-            except subprocess.TimeoutExpired:
-                process.kill()
-                killed += 1
+            kills.strike(process)
         assert_whole(station.db)
-    assert killed > KILLS / 2
     pull(station)
     assert outcome(station.db) == uninterrupted
     assert pull(station) == {"stderr": ""}

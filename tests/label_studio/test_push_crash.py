@@ -1,11 +1,11 @@
 """Whatever happens to a push, each sample ends up with exactly one task, and the ledger knows which."""
 
 import json
-import random
 import signal
 import subprocess
 import time
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 from uuid import UUID
 
@@ -25,7 +25,7 @@ from faulty_proxy import (
     never_carried_out,
 )
 from push import BATCH_TASKS, SETTLE_SECONDS
-from support import finish, launch_script, text_result
+from support import RandomKills, finish, launch_script, text_result
 
 TRANSCRIPT = "transcript_correction"
 CORRECTED = text_result("corrected_transcript", "sửa rồi")
@@ -64,6 +64,10 @@ def at_work(station: Station, more: str = "true") -> bool:
     return station.label_studio_db.execute(query).fetchone() != (0,)
 
 
+def begun(station: Station, running: subprocess.Popen[str]) -> bool:
+    return at_work(station) or running.poll() is not None
+
+
 def add_samples(station: Station, number: int) -> set[str]:
     rows = station.db.execute(
         """
@@ -100,20 +104,13 @@ def assert_pushed_once(station: Station, samples: set[str]) -> None:
 
 def test_killed_at_any_instant(station: Station) -> None:
     samples = add_samples(station, 600)
-    instants = random.Random(20)
-    longest = 1.0
-    kills = reserved = 0
-    while kills < 25:
+    kills = RandomKills(seed=20, longest=1.0)
+    reserved = 0
+    while kills.number < 25:
         running = start_push(station, "--limit", "20")
-        eventually(lambda: at_work(station), "the push has begun")
-        try:
-            running.communicate(timeout=instants.uniform(0, longest))
-        except subprocess.TimeoutExpired:
-            kill(running, station)
-            kills += 1
-        else:
-            # Too late: the instants are spread over the time that a push takes, on any machine.
-            longest *= 0.9
+        eventually(partial(begun, station, running), "the push has begun")
+        kills.strike(running)
+        eventually(lambda: not at_work(station), "PostgreSQL notices that the push is gone")
         left = station.db.execute("SELECT count(*) FROM tasks WHERE state = 'reserved'").fetchone()
         if left != (0,):
             # Otherwise the next ones would all be killed while they look for these.

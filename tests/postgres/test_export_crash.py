@@ -1,6 +1,5 @@
 """Export killed at any instant and run again ends as if it had never been killed."""
 
-import random
 import shutil
 import signal
 import subprocess
@@ -12,7 +11,7 @@ import psycopg
 
 from reviews import Reviews, snapshot
 from station.local_services import PROJECT, LocalPostgres, wait_until
-from support import Connection, run_script
+from support import Connection, RandomKills, run_script, start_script
 
 # Runs export in batches of two and kills it just before the nth thing of some kinds that it does below the output
 # folder. A run that gets to its end says on stderr how many there were.
@@ -160,20 +159,14 @@ def test_killed_at_random_it_leaves_only_whole_folders_and_the_next_run_complete
     reviews: Reviews, settings_file: Path, output: Path
 ) -> None:
     reviews.add_many(1200)
-    command = [sys.executable, str(PROJECT / "scripts/export.py"), "--env-file", str(settings_file)]
     assert run_script("export", env_file=settings_file).returncode == 0
     reference = snapshot(output)
-    # Where in a run it is killed depends on the machine; that it may be killed anywhere is the point.
-    chance = random.Random(20)
-    killed = 0
-    for number in range(8):
-        destination = output.with_name(f"killed-{number}")
-        process = subprocess.Popen([*command, "--output-dir", str(destination)], stdout=subprocess.DEVNULL)
-        try:
-            process.wait(timeout=chance.uniform(0.3, 2.5))
-        except subprocess.TimeoutExpired:
-            process.kill()
-            killed += process.wait(60) == -signal.SIGKILL
+    kills = RandomKills(seed=20, longest=1.5)
+    while kills.number < 8:
+        destination = output.with_name("killed")
+        with start_script("export", "--output-dir", str(destination), env_file=settings_file) as process:
+            wait_until(destination.exists, "the first folder", 60)
+            kills.strike(process)
         recorded = reviews.db.execute(
             "SELECT sample_id::text FROM exports WHERE destination = %s", [str(destination)]
         ).fetchall()
@@ -181,4 +174,5 @@ def test_killed_at_random_it_leaves_only_whole_folders_and_the_next_run_complete
         again = run_script("export", "--output-dir", str(destination), env_file=settings_file)
         assert again.returncode == 0, again.stderr
         assert snapshot(destination) == reference
-    assert killed
+        shutil.rmtree(destination)
+        reviews.db.execute("DELETE FROM exports WHERE destination = %s", [str(destination)])
