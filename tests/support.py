@@ -6,7 +6,8 @@ import random
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -60,21 +61,32 @@ def start_script(name: str, *arguments: str, env_file: Path) -> Iterator[subproc
             running.kill()
 
 
+def eventually(condition: Callable[[], bool], what: str, seconds: float = 60) -> None:
+    """Wait for a condition."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"{what}: not within {seconds:.0f} s"
+        time.sleep(0.01)
+
+
 class RandomKills:
     """Kills at instants spread over the time that the work takes on this machine.
 
     Args:
+        db: the database that the work is done in.
         seed: of the random instants.
         longest: seconds after which the first kill comes at the latest; shrinks as long as kills come too late.
     """
 
-    def __init__(self, seed: int, longest: float) -> None:
+    def __init__(self, db: Connection, seed: int, longest: float) -> None:
+        self.db = db
         self.chance = random.Random(seed)
         self.longest = longest
         self.number = 0
 
     def strike(self, running: subprocess.Popen[str]) -> None:
-        """Kill a process that has begun its work, unless it ends before its instant comes."""
+        """Kill a script some time after it has connected, unless it ends before that."""
+        eventually(lambda: running.poll() is not None or self.at_work(), "the script connects")
         try:
             running.communicate(timeout=self.chance.uniform(0, self.longest))
         except subprocess.TimeoutExpired:
@@ -83,6 +95,14 @@ class RandomKills:
             self.number += running.returncode == -signal.SIGKILL
         else:
             self.longest *= 0.8
+        eventually(lambda: not self.at_work(), "PostgreSQL notices that the script is gone")
+
+    def at_work(self) -> bool:
+        query = """
+            SELECT FROM pg_stat_activity
+            WHERE application_name LIKE 'labelstation-%' AND datname = current_database()
+            """
+        return self.db.execute(query).fetchone() is not None
 
 
 def write_settings(file: Path, **settings: str) -> Path:

@@ -12,9 +12,8 @@ from typing import Any
 import psycopg
 import pytest
 
-from faulty_proxy import eventually
 from station.local_services import PROJECT, LocalPostgres
-from support import finish, launch_script, run_script, write_settings
+from support import eventually, finish, launch_script, run_script, write_settings
 
 SCRIPTS = sorted(file.stem for file in (PROJECT / "scripts").glob("*.py"))
 

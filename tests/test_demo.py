@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from station.local_services import PROJECT, answers, free_port, wait_until
+from station.local_services import PROJECT, answers, free_port
+from support import eventually
 
 
 @dataclass
@@ -46,7 +47,7 @@ class Demo:
             assert child.poll() is None, printed
             return "stays up until Ctrl-C" in printed
 
-        wait_until(up_or_dead, "the demo", 240)
+        eventually(up_or_dead, "the demo", 240)
         output.close()
         return child
 

@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-from functools import partial
 from pathlib import Path
 
 import psycopg
@@ -11,8 +10,8 @@ from psycopg import sql
 
 from conftest import Station
 from loop import TRANSCRIPT, add_annotations, pull, push
-from station.local_services import PROJECT, LocalPostgres, wait_until
-from support import Connection, RandomKills, add_sample
+from station.local_services import PROJECT, LocalPostgres
+from support import Connection, RandomKills, add_sample, eventually
 
 KILLS = 25
 SAMPLES = 250
@@ -78,22 +77,14 @@ def test_a_pull_killed_at_any_instant_and_run_again_is_as_if_it_had_not_been(
             admin.execute(sql.SQL("DROP DATABASE {} WITH (FORCE)").format(sql.Identifier(copy)))
     assert len(uninterrupted) == SAMPLES * 2 * 2
 
-    kills = RandomKills(seed=7, longest=0.2)
+    kills = RandomKills(station.db, seed=7, longest=0.2)
     while kills.number < KILLS:
         with start_pull(station, "--limit", "9") as process:
-            wait_until(partial(at_work, station, process), "the pull", 60)
             kills.strike(process)
         assert_whole(station.db)
     pull(station)
     assert outcome(station.db) == uninterrupted
     assert pull(station) == {"stderr": ""}
-
-
-def at_work(station: Station, process: subprocess.Popen[str]) -> bool:
-    row = station.db.execute(
-        "SELECT FROM pg_stat_activity WHERE application_name = 'labelstation-pull' AND datname = current_database()"
-    ).fetchone()
-    return row is not None or process.poll() is not None
 
 
 def assert_whole(db: Connection) -> None:
@@ -118,7 +109,7 @@ def test_a_statement_that_fails_midway_leaves_nothing_half_done(station: Station
         # The pull has recorded annotations and revisions when it comes to this task.
         blocker.execute("SELECT FROM tasks LIMIT 1 FOR UPDATE")
         with start_pull(station) as process:
-            wait_until(lambda: blocked(station.db) is not None, "the pull's wait for the lock", 60)
+            eventually(lambda: blocked(station.db) is not None, "the pull's wait for the lock")
             station_pid = blocked(station.db)
             with psycopg.connect(postgres.dsn("postgres", "postgres")) as admin:
                 admin.execute("SELECT pg_terminate_backend(%s)", [station_pid])

@@ -9,11 +9,11 @@ import psycopg
 import pytest
 
 from conftest import RunningLabelStudio, Station
-from faulty_proxy import Answer, Exchange, Held, eventually, faulty_proxy, never_carried_out
+from faulty_proxy import Answer, Exchange, Held, faulty_proxy, never_carried_out
 from station.label_studio import LabelStudio
 from station.local_annotator import Annotator
 from station.settings import Settings
-from support import Connection, add_sample, change_audio, change_text, finish, launch_script, text_result
+from support import Connection, add_sample, change_audio, change_text, eventually, finish, launch_script, text_result
 
 TRANSCRIPT = "transcript_correction"
 TRANSLATION = "translation_review"

@@ -30,6 +30,7 @@ from station.local_annotator import Annotator
 
 PASSWORD = "only-for-this-test-1"
 TASK_TYPE = "transcript_correction"
+DATABASE_PASSWORD = "database_password_labelstation"
 # Exposure that systemd-analyze security may find; ours, then those that need more.
 OURS = 2.0
 EXPOSURE = {"label-studio.service": 1.2, "label-studio-init.service": 1.2, "nginx.service": 2.7}
@@ -186,6 +187,14 @@ def look_at_options(station: Station) -> None:
             pass
         else:
             raise AssertionError("port 8081 can be reached")
+    with step("scripts on another machine work with a password; without TLS, and into the other database, none does"):
+        password = station.secret(DATABASE_PASSWORD)
+        told = status_from_here(station, password)
+        assert told.returncode == 0, told.stderr
+        for wrong in ({"sslmode": "disable"}, {"dbname": "label_studio"}, {"user": "labelstation_owner"}):
+            told = status_from_here(station, password, **wrong)
+            assert told.returncode == 78, told.stderr
+            assert "no pg_hba.conf entry" in told.stderr, told.stderr
     with step("the second origin serves ranges with CORS on the station itself"):
         said = station.run(
             "python3 -c 'import os, ssl, urllib.request as u; "
@@ -207,15 +216,33 @@ def look_at_options(station: Station) -> None:
                 assert allowed, receiver
 
 
+def status_from_here(station: Station, password: str, **different: str) -> subprocess.CompletedProcess[str]:
+    """`status` on this machine, beside the station's database."""
+    dsn = {
+        "host": station.address.removeprefix("https://").partition(":")[0],
+        "sslmode": "require",
+        "dbname": "data_factory",
+        "user": "labelstation",
+        "password": password,
+        **different,
+    }
+    settings = EPHEMERAL / "elsewhere.env"
+    settings.write_text(f"DATA_FACTORY_DSN='{' '.join(f'{name}={value}' for name, value in dsn.items())}'\n")
+    command = [sys.executable, str(CHECKOUT / "scripts/status.py"), "--env-file", str(settings)]
+    return subprocess.run(command, capture_output=True, text=True, check=False, env={"PATH": os.environ["PATH"]})
+
+
 def look_for_openings(station: Station) -> None:
     """Ports, and how far each unit could reach if it were taken over."""
     with step("nothing listens that should not"):
         listening = {line.split()[3] for line in station.run("ss -Hltn").splitlines()}
-        assert listening <= LISTENERS, listening - LISTENERS
+        allowed = LISTENERS | ({"0.0.0.0:5432"} if station.full else set())
+        assert listening <= allowed, listening - allowed
         assert not station.run("ss -Hlun").strip()
     with step("the databases let in the station's own accounts and nobody else"):
-        asked = "psql -XAtq -c 'SELECT count(*) FROM pg_authid WHERE rolpassword IS NOT NULL'"
-        assert station.run(f"runuser -u postgres -- {asked}").strip() == "0", "a role has a password"
+        asked = "psql -XAtq -c 'SELECT rolname FROM pg_authid WHERE rolpassword IS NOT NULL'"
+        with_password = station.run(f"runuser -u postgres -- {asked}").split()
+        assert with_password == (["labelstation"] if station.full else []), with_password
         for account in ("lab", "www-data", "label-studio", "root"):
             for role in ("labelstation", "labelstation_owner", "postgres"):
                 asked = f"psql -XAtq -d data_factory -U {role} -c 'SELECT 1'"
@@ -507,11 +534,13 @@ def rotate(station: Station, guide: Guide | None) -> None:
     """New secrets take effect, the old ones stop working, and no secret is in the output."""
     old = station.secrets()
     old_token = station.secret("label_studio_api_token")
-    with step("a deployment with a new token and, unless it is given, a new password"):
+    old_password = station.secret(DATABASE_PASSWORD) if station.full else ""
+    with step("a deployment with a new token and new passwords"):
         # The vaulted password of scenario `full` is not made, so it is not made anew.
-        name = "label_studio_api_token" if station.full else "label_studio_admin_password"
-        place = EPHEMERAL / "secrets" / name
-        place.rename(place.with_suffix(".old"))
+        names = ["label_studio_api_token", DATABASE_PASSWORD] if station.full else ["label_studio_admin_password"]
+        for name in names:
+            place = EPHEMERAL / "secrets" / name
+            place.rename(place.with_suffix(".old"))
         if guide:
             output = guide.follow("Rotating secrets")
         else:
@@ -528,6 +557,12 @@ def rotate(station: Station, guide: Guide | None) -> None:
             assert answer.status_code == status, answer.status_code
         password = VAULTED if station.full else station.secret("label_studio_admin_password")
         Annotator(station.address).log_in("admin@example.org", password)
+        if station.full:
+            told = status_from_here(station, old_password)
+            assert told.returncode == 78, told.stderr
+            assert "password authentication failed" in told.stderr, told.stderr
+            told = status_from_here(station, station.secret(DATABASE_PASSWORD))
+            assert told.returncode == 0, told.stderr
         wait_until("doctor", lambda: healthy(station), 60)
 
 

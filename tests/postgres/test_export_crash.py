@@ -10,8 +10,8 @@ from pathlib import Path
 import psycopg
 
 from reviews import Reviews, snapshot
-from station.local_services import PROJECT, LocalPostgres, wait_until
-from support import Connection, RandomKills, run_script, start_script
+from station.local_services import PROJECT, LocalPostgres
+from support import Connection, RandomKills, eventually, run_script, start_script
 
 # Runs export in batches of two and kills it just before the nth thing of some kinds that it does below the output
 # folder. A run that gets to its end says on stderr how many there were.
@@ -123,7 +123,7 @@ def test_killed_between_rename_and_record_it_writes_the_same_folders_again(
         # Others may read the table, so that export plans; it waits where it records.
         other.execute("LOCK TABLE exports IN SHARE MODE")
         process = subprocess.Popen(command)
-        wait_until(lambda: waits_for_a_lock(reviews.db), "an export that waits", 60)
+        eventually(lambda: waits_for_a_lock(reviews.db), "an export that waits")
         process.kill()
         assert process.wait(60) == -signal.SIGKILL
     seen = whole_folders(output)
@@ -161,11 +161,10 @@ def test_killed_at_random_it_leaves_only_whole_folders_and_the_next_run_complete
     reviews.add_many(1200)
     assert run_script("export", env_file=settings_file).returncode == 0
     reference = snapshot(output)
-    kills = RandomKills(seed=20, longest=1.5)
+    kills = RandomKills(reviews.db, seed=20, longest=1.5)
     while kills.number < 8:
         destination = output.with_name("killed")
         with start_script("export", "--output-dir", str(destination), env_file=settings_file) as process:
-            wait_until(destination.exists, "the first folder", 60)
             kills.strike(process)
         recorded = reviews.db.execute(
             "SELECT sample_id::text FROM exports WHERE destination = %s", [str(destination)]

@@ -12,8 +12,8 @@ import psycopg
 import pytest
 
 from corpus import SmallCorpus
-from station.local_services import LocalPostgres, wait_until
-from support import Connection, run_script, start_script
+from station.local_services import LocalPostgres
+from support import Connection, eventually, run_script, start_script
 
 NOTHING = {
     "added": 0, "changed": 0, "changed_audio": 0, "changed_transcript": 0, "changed_translation": 0,
@@ -443,9 +443,7 @@ def test_a_writer_that_holds_a_sample_is_waited_for(
             "SELECT sample_id, 'by hand', 'human' FROM samples WHERE external_id = 'a'"
         )
         with start_script("ingest", env_file=settings_file) as running:
-            wait_until(
-                lambda: db.execute("SELECT FROM pg_locks WHERE NOT granted").fetchone() is not None, "a wait", 30
-            )
+            eventually(lambda: db.execute("SELECT FROM pg_locks WHERE NOT granted").fetchone() is not None, "a wait")
             person.commit()
             assert running.wait(60) == 0
     assert texts(db, "a", "transcript") == ["xin chào", "by hand", "crawled again"]

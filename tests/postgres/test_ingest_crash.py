@@ -1,7 +1,5 @@
 """An ingest that is killed and run again ends as one that was not; so do two at once."""
 
-import subprocess
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +8,7 @@ import pytest
 
 from conftest import copied_database
 from corpus import SmallCorpus
-from station.local_services import LocalPostgres, wait_until
+from station.local_services import LocalPostgres
 from support import Connection, RandomKills, run_script, start_script, write_settings
 
 BATCH_OF_INGEST = 10_000
@@ -80,25 +78,17 @@ def test_killed_at_any_instant_and_run_again_ends_the_same(
     db: Connection,
     seed: int,
 ) -> None:
-    kills = RandomKills(seed, longest=2.0)
+    kills = RandomKills(db, seed, longest=2.0)
     left_undone = 0
     for delivery, expected in zip(deliveries, undisturbed, strict=True):
         for _ in range(4):
             with start_script("ingest", "--remove-missing", str(delivery), env_file=settings_file) as running:
-                wait_until(partial(begun, db, running), "the ingest", 60)
                 kills.strike(running)
             left_undone += state(db) != expected
         done = run_script("ingest", "--remove-missing", str(delivery), env_file=settings_file)
         assert done.returncode == 0, done.stderr
         assert state(db) == expected
     assert left_undone > 0, "no kill came before the end"
-
-
-def begun(db: Connection, running: subprocess.Popen[str]) -> bool:
-    at_work = (
-        "SELECT FROM pg_stat_activity WHERE application_name = 'labelstation-ingest' AND datname = current_database()"
-    )
-    return db.execute(at_work).fetchone() is not None or running.poll() is not None
 
 
 def test_two_at_once_end_as_one(

@@ -12,8 +12,8 @@ import psycopg
 import pytest
 from psycopg import sql
 
-from station.local_services import POSTGRES_BIN, PROJECT, LocalPostgres, wait_until
-from support import Connection, add_sample, run_script, write_settings
+from station.local_services import POSTGRES_BIN, PROJECT, LocalPostgres
+from support import Connection, add_sample, eventually, run_script, write_settings
 
 STEPS = [file.name.removesuffix(".sql") for file in sorted((PROJECT / "sql" / "migrations").glob("*[a-z].sql"))]
 STEPS = [step for step in STEPS if not step.endswith(".rollback")]
@@ -140,7 +140,7 @@ def test_a_migration_that_is_killed_or_run_twice_at_once_ends_whole(
         with psycopg.connect(dsn) as blocker:
             blocker.execute("CREATE TYPE task_type AS ENUM ()")
             with start() as killed:
-                wait_until(partial(waits, admin), "migrate at work", 60)
+                eventually(partial(waits, admin), "migrate at work")
                 killed.kill()
             blocker.rollback()
         assert admin.execute("SELECT to_regclass('samples')").fetchone() == (None,)
