@@ -458,6 +458,13 @@ def follow_first_day(station: Station, guide: Guide) -> None:
         assert all(secret not in listed for secret in station.secrets()), "a secret is a host of the inventory"
         # Fails when a port is closed that has to be open.
         requests.get(f"{station.address}/user/login/", timeout=30).raise_for_status()
+    with step("the example copied a second time, which puts it inside, is refused"):
+        inside = guide.lab / "example"
+        shutil.copytree(CHECKOUT / "inventory/example", inside)
+        code, output, _ = playbook(inventory=guide.lab)
+        assert code != 0
+        assert f"{inside} lies in the inventory {guide.lab}" in " ".join(output.split()), output[-2000:]
+        shutil.rmtree(inside)
     with step("a forgotten password"):
         admin = Annotator.with_token(station.address, station.secret("label_studio_api_token"))
         email = "person@example.org"
@@ -523,8 +530,12 @@ def move(station: Station, guide: Guide) -> None:
     with step("deployed as a new one"):
         guide.follow("A new server", count=1)
         assert done_count(station) == 0
-    with step("what people made is in its place again"):
+    with step("what people made is in its place again, and was brought up to date"):
+        init = "systemctl show --property=ExecMainStartTimestampMonotonic label-studio-init"
+        before_restore = station.run(init)
         guide.follow("A new server")
+        # Restored tables may be those of an earlier version.
+        assert station.run(init) != before_restore
         assert done_count(station) == before
         Annotator(station.address).log_in("person@example.org", "another-for-this-test-1")
         assert healthy(station)
