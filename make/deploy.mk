@@ -47,7 +47,7 @@ lint-deploy: $(CONTROL)/.test $(VENV)/.test ## ansible-lint, yamllint and shellc
 	@$(CONTROL)/bin/yamllint --strict .
 	@$(VENV)/bin/shellcheck roles/label_studio/files/with-credentials
 	@$(VENV)/bin/mypy make/on_station.py roles/alert/files/alert.py roles/base/files/pack.py \
-		roles/label_studio/filter_plugins/networks.py
+		roles/label_studio/filter_plugins/networks.py roles/postgres/filter_plugins/scram.py
 
 # MOLECULE=default|full, RELEASE=bookworm|trixie
 MOLECULE ?= default

@@ -189,10 +189,10 @@ def look_at_options(station: Station) -> None:
             raise AssertionError("port 8081 can be reached")
     with step("scripts on another machine work with a password; without TLS, and into the other database, none does"):
         password = station.secret(DATABASE_PASSWORD)
-        told = status_from_here(station, password)
+        told = export_from_here(station, password)
         assert told.returncode == 0, told.stderr
         for wrong in ({"sslmode": "disable"}, {"dbname": "label_studio"}, {"user": "labelstation_owner"}):
-            told = status_from_here(station, password, **wrong)
+            told = export_from_here(station, password, **wrong)
             assert told.returncode == 78, told.stderr
             assert "no pg_hba.conf entry" in told.stderr, told.stderr
     with step("the second origin serves ranges with CORS on the station itself"):
@@ -216,8 +216,8 @@ def look_at_options(station: Station) -> None:
                 assert allowed, receiver
 
 
-def status_from_here(station: Station, password: str, **different: str) -> subprocess.CompletedProcess[str]:
-    """`status` on this machine, beside the station's database."""
+def export_from_here(station: Station, password: str, **different: str) -> subprocess.CompletedProcess[str]:
+    """`export --dry-run` on this machine, which has the recordings, with the station's database."""
     dsn = {
         "host": station.address.removeprefix("https://").partition(":")[0],
         "sslmode": "require",
@@ -227,8 +227,11 @@ def status_from_here(station: Station, password: str, **different: str) -> subpr
         **different,
     }
     settings = EPHEMERAL / "elsewhere.env"
-    settings.write_text(f"DATA_FACTORY_DSN='{' '.join(f'{name}={value}' for name, value in dsn.items())}'\n")
-    command = [sys.executable, str(CHECKOUT / "scripts/status.py"), "--env-file", str(settings)]
+    settings.write_text(
+        f"DATA_FACTORY_DSN='{' '.join(f'{name}={value}' for name, value in dsn.items())}'\n"
+        f"RAW_DIR={CHECKOUT / 'demo/corpus'}\nREVIEWED_DIR={EPHEMERAL / 'reviewed'}\n"
+    )
+    command = [sys.executable, str(CHECKOUT / "scripts/export.py"), "--env-file", str(settings), "--dry-run"]
     return subprocess.run(command, capture_output=True, text=True, check=False, env={"PATH": os.environ["PATH"]})
 
 
@@ -569,10 +572,10 @@ def rotate(station: Station, guide: Guide | None) -> None:
         password = VAULTED if station.full else station.secret("label_studio_admin_password")
         Annotator(station.address).log_in("admin@example.org", password)
         if station.full:
-            told = status_from_here(station, old_password)
+            told = export_from_here(station, old_password)
             assert told.returncode == 78, told.stderr
             assert "password authentication failed" in told.stderr, told.stderr
-            told = status_from_here(station, station.secret(DATABASE_PASSWORD))
+            told = export_from_here(station, station.secret(DATABASE_PASSWORD))
             assert told.returncode == 0, told.stderr
         wait_until("doctor", lambda: healthy(station), 60)
 
