@@ -265,10 +265,10 @@ def look_for_secrets(station: Station) -> None:
     with step("no secret in the journal, an argument list or a file that others may read"):
         patterns = "\n".join(station.secrets()).encode()
         found = station.run(
-            "umask 077; cat > /root/patterns; journalctl --no-pager | grep -cF -f /root/patterns; "
-            "ps axww -o args | grep -cF -f /root/patterns; "
+            "secrets=$(mktemp); cat > $secrets; journalctl --no-pager | grep -cF -f $secrets; "
+            "ps axww -o args | grep -cF -f $secrets; "
             "find /etc /home /opt/labelstation /run /srv /tmp /usr/local /var /root -xdev -type f -perm -o=r -size -2M "
-            "-print0 | xargs -0 grep -lF -f /root/patterns; rm /root/patterns",
+            "-print0 | xargs -0 grep -lF -f $secrets; rm $secrets",
             given=patterns,
         )
         assert found.split() == ["0", "0"], found

@@ -443,7 +443,8 @@ def test_a_writer_that_holds_a_sample_is_waited_for(
             "SELECT sample_id, 'by hand', 'human' FROM samples WHERE external_id = 'a'"
         )
         with start_script("ingest", env_file=settings_file) as running:
-            eventually(lambda: db.execute("SELECT FROM pg_locks WHERE NOT granted").fetchone() is not None, "a wait")
+            waits = "SELECT FROM pg_locks WHERE NOT granted"
+            eventually(lambda: db.execute(waits).fetchone() is not None, "a wait", 30)
             person.commit()
             assert running.wait(60) == 0
     assert texts(db, "a", "transcript") == ["xin chào", "by hand", "crawled again"]
